@@ -1,0 +1,88 @@
+"""Checks of shapes, dtypes and values at the public boundary, and their messages.
+
+Each message reads ``<function>: <argument> must <rule>, got <value>.`` and, where there is one, the likely cure.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+_STORAGE = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+def check_floating(op: str, name: str, x: Tensor) -> None:
+    """``x`` has a dtype that the ops store: float32, float64, float16 or bfloat16."""
+    if x.dtype not in _STORAGE:
+        raise TypeError(f"{op}: {name} must be float32, float64, float16 or bfloat16, got {x.dtype}.")
+
+
+def check_time_major(op: str, name: str, x: Tensor) -> None:
+    """``x`` has a time axis with at least one step."""
+    if x.ndim == 0 or x.shape[0] == 0:
+        raise ValueError(f"{op}: {name} must be [T, ...] with T >= 1, got shape {tuple(x.shape)}.")
+
+
+def check_initial_potential(op: str, v0: Tensor, x: Tensor) -> None:
+    """``v0`` fits one time step of ``x``."""
+    if v0.shape != x.shape[1:]:
+        raise ValueError(
+            f"{op}: v0 must have shape x.shape[1:] = {tuple(x.shape[1:])}, got {tuple(v0.shape)}. "
+            "Is x time-major [T, B, L, D]?"
+        )
+    if v0.device != x.device:
+        raise ValueError(f"{op}: v0 must be on the device of x, {x.device}, got {v0.device}.")
+
+
+def check_tau(op: str, tau: float, name: str = "tau") -> None:
+    """A membrane time constant is larger than one time step; infinity means no leak."""
+    if not tau > 1.0:
+        raise ValueError(f"{op}: {name} must be > 1 time step, got {tau}.")
+
+
+def check_potentials(op: str, v_threshold: float, v_reset: float | None) -> None:
+    """The threshold is finite and lies above the reset, so that a neuron at rest is silent."""
+    rest = 0.0 if v_reset is None else v_reset
+    if not (math.isfinite(v_threshold) and math.isfinite(rest)):
+        raise ValueError(f"{op}: v_threshold and v_reset must be finite, got {v_threshold} and {v_reset}.")
+    if v_threshold <= rest:
+        raise ValueError(f"{op}: v_threshold must be above v_reset, got {v_threshold} and {rest}.")
+
+
+def check_heads(op: str, dim: int, num_heads: int) -> None:
+    """The width splits into heads of equal width."""
+    if dim < 1 or num_heads < 1 or dim % num_heads != 0:
+        raise ValueError(
+            f"{op}: dim must be a positive multiple of num_heads, got dim = {dim} and num_heads = {num_heads}."
+        )
+
+
+def check_tokens(op: str, x: Tensor, dim: int) -> None:
+    """``x`` is ``[T, B, L, dim]``."""
+    if x.ndim != 4 or x.shape[-1] != dim:
+        raise ValueError(f"{op}: x must be [T, B, L, D] with D = {dim}, got shape {tuple(x.shape)}.")
+    check_time_major(op, "x", x)
+
+
+def check_padding_mask(op: str, mask: Tensor | None, B: int, L: int) -> None:
+    """``mask`` is boolean ``[B, L]``."""
+    if mask is None:
+        return
+    if mask.dtype != torch.bool:
+        raise TypeError(f"{op}: key_padding_mask must be bool with True at padding, got {mask.dtype}.")
+    if mask.shape != (B, L):
+        raise ValueError(f"{op}: key_padding_mask must be [B, L] = {(B, L)}, got {tuple(mask.shape)}.")
+
+
+def check_exact_products(op: str, L: int, E: int) -> None:
+    """Every partial sum of 0/1 products is an integer that float32 holds exactly."""
+    if L * E > 2**24:
+        raise ValueError(
+            f"{op}: L * E must be at most 2**24 for exact sums of spikes in float32, got {L} * {E} = {L * E}."
+        )
+
+
+def check_choice(op: str, name: str, value: str, choices: tuple[str, ...]) -> None:
+    """``value`` is one of ``choices``."""
+    if value not in choices:
+        raise ValueError(f"{op}: {name} must be one of {', '.join(map(repr, choices))}, got {value!r}.")
