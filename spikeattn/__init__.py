@@ -1,0 +1,59 @@
+"""Spiking neurons and spiking attention over all time steps at once, on PyTorch and SpikingJelly."""
+
+from importlib.metadata import version
+
+from spikeattn._backends import BackendStatus, BackendUnavailableError, SpikeattnError, backend_status
+from spikeattn.nn import (
+    IF,
+    LIF,
+    ParametricLIF,
+    Spike,
+    SpikingMLP,
+    SpikingSelfAttention,
+    SpikingTransformer,
+    SpikingTransformerBlock,
+    firing_rates,
+)
+from spikeattn.ops.lif import LIFOutput, lif
+from spikeattn.ops.surrogate import (
+    ATan,
+    Erf,
+    PiecewiseExp,
+    PiecewiseQuadratic,
+    Rect,
+    Sigmoid,
+    SoftSign,
+    SuperSpike,
+    Surrogate,
+    spike,
+)
+
+__version__ = version("spikeattn")
+
+__all__ = [
+    "IF",
+    "LIF",
+    "ATan",
+    "BackendStatus",
+    "BackendUnavailableError",
+    "Erf",
+    "LIFOutput",
+    "ParametricLIF",
+    "PiecewiseExp",
+    "PiecewiseQuadratic",
+    "Rect",
+    "Sigmoid",
+    "SoftSign",
+    "Spike",
+    "SpikeattnError",
+    "SpikingMLP",
+    "SpikingSelfAttention",
+    "SpikingTransformer",
+    "SpikingTransformerBlock",
+    "SuperSpike",
+    "Surrogate",
+    "backend_status",
+    "firing_rates",
+    "lif",
+    "spike",
+]

@@ -1,0 +1,143 @@
+"""Spiking self-attention as a module."""
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from spikeattn import _checks
+from spikeattn._backends import Backend
+from spikeattn.nn.alive import attention_gain
+from spikeattn.nn.projection import Init, Norm, SpikingLinear, SpikingOptions
+from spikeattn.ops.spiking_attention import spiking_attention_reference
+from spikeattn.ops.spiking_attention.reference import Fire
+from spikeattn.ops.surrogate import ATan
+
+
+class SpikingSelfAttention(nn.Module):
+    """Self-attention between spikes, without a softmax, over all T time steps at once.
+
+    ::
+
+        Q, K, V = LIF(norm(Linear(x)))                three projections
+        A = LIF(scale * (Q K^T) V)                    fire="output"
+        A = LIF(scale * Q K^T) V                      fire="map"
+        out = LIF(norm(Linear(A)))
+
+    Source: Zhou et al. 2022 (Spikformer, arXiv:2209.15425), with LayerNorm as in SpikEmo's code; "map" is eq. (1) of
+    SpikEmo as printed. The equation of the attention is in ``ops.spiking_attention``, the one of the neuron in
+    `ops.lif`.
+
+    Args:
+        dim: Width D of a token.
+        num_heads: Heads H; D is a multiple of it.
+        scale: Multiplies the sums of spikes, once (dimensionless). A power of two keeps them exact.
+        fire: What fires, the output or the map.
+        norm: "layer", or "batch" (statistics over T, B and L that see no padding).
+        tau: Membrane time constant of every LIF, in time steps, > 1.
+        v_threshold: Threshold of the projections' neurons (dimensionless).
+        attn_v_threshold: Threshold of the attention's neurons.
+        v_reset: Potential after a spike; None subtracts the threshold (soft reset).
+        surrogate_function: Gives the gradient of the step.
+        detach_reset: Whether the gradient ignores the reset.
+        is_causal: Token i sees tokens j <= i.
+        init: "alive" starts with gains at which every neuron fires (``docs/alive-start.md``): a norm gain of
+            ``sqrt(2 tau - 1)`` thresholds, and a power of two on ``scale`` that depends on the number of keys a
+            query sees. "published" is the start of SpikEmo's code: weights of standard deviation 0.02, gains of 1.
+        backend: As in `ops.lif`.
+        device: Where the parameters are made.
+        dtype: Of the parameters.
+
+    Gradient:
+        To ``x`` and the parameters, through the surrogate.
+
+    Raises:
+        ValueError: D is not a multiple of ``num_heads``; an option outside its choices; ``x`` or the mask of
+            another shape.
+
+    Example:
+        >>> attention = SpikingSelfAttention(64, num_heads=4)
+        >>> spikes = attention(torch.randn(8, 2, 10, 64))
+        >>> spikes.shape, sorted(spikes.unique().tolist())
+        (torch.Size([8, 2, 10, 64]), [0.0, 1.0])
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        *,
+        scale: float = 0.125,
+        fire: Fire = "output",
+        norm: Norm = "layer",
+        tau: float = 2.0,
+        v_threshold: float = 1.0,
+        attn_v_threshold: float = 0.5,
+        v_reset: float | None = 0.0,
+        surrogate_function: Callable[[Tensor], Tensor] = ATan(2.0),
+        detach_reset: bool = True,
+        is_causal: bool = False,
+        init: Init = "alive",
+        backend: Backend = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        _checks.check_heads("SpikingSelfAttention", dim, num_heads)
+        _checks.check_choice("SpikingSelfAttention", "fire", fire, ("output", "map"))
+        options = SpikingOptions(
+            norm, tau, v_threshold, v_reset, surrogate_function, detach_reset, init, backend, device, dtype
+        )
+        self.dim, self.num_heads, self.scale = dim, num_heads, scale
+        self.fire: Fire = fire
+        self.is_causal, self.init = is_causal, init
+        self.q, self.k, self.v = (SpikingLinear(dim, dim, options) for _ in range(3))
+        self.attn_lif = options.lif(attn_v_threshold)
+        self.out = SpikingLinear(dim, dim, options)
+
+    def forward(
+        self, x: Float[Tensor, "T B L D"], key_padding_mask: Bool[Tensor, "B L"] | None = None
+    ) -> Float[Tensor, "T B L D"]:
+        """Attend.
+
+        Args:
+            x: Spikes or currents [T, B, L, D]. A time axis of stride 0 (``expand``) is projected once.
+            key_padding_mask: [B, L], True at padding (PyTorch's convention).
+
+        Returns:
+            Spikes [T, B, L, D]; zero at padding, and elsewhere what the unpadded input gives.
+        """
+        _checks.check_tokens("SpikingSelfAttention", x, self.dim)
+        T, B, L, D = x.shape
+        _checks.check_padding_mask("SpikingSelfAttention", key_padding_mask, B, L)
+        heads = (T, B, L, self.num_heads, D // self.num_heads)
+        q, k, v = (
+            project(x, key_padding_mask).view(heads).transpose(2, 3)  # [T, B, H, L, E]
+            for project in (self.q, self.k, self.v)
+        )
+        attended = spiking_attention_reference(
+            q, k, v,
+            scale=self._scale(x, key_padding_mask), fire=self.fire, neuron=self.attn_lif,
+            key_padding_mask=key_padding_mask, is_causal=self.is_causal,
+        )  # fmt: skip
+        return self.out(attended, key_padding_mask)
+
+    def _scale(self, x: Tensor, key_padding_mask: Tensor | None) -> float | Tensor:
+        """``scale``, times the gain of the alive start: [1, B or 1, 1, L or 1, 1]."""
+        if self.init == "published":
+            return self.scale
+        L = x.shape[2]
+        if key_padding_mask is None:
+            key_padding_mask = torch.zeros(1, L, dtype=torch.bool, device=x.device)
+        seen = (~key_padding_mask).cumsum(1)  # keys at or before each token
+        keys = seen if self.is_causal else seen[:, -1:]
+        gain = attention_gain(keys, self.dim // self.num_heads, self.attn_lif.tau, self.fire)
+        return self.scale * gain[None, :, None, :, None]
+
+    def extra_repr(self) -> str:
+        """Hyper-parameters, as printed in the module's repr."""
+        return (
+            f"{self.dim}, num_heads={self.num_heads}, scale={self.scale}, fire={self.fire!r}, "
+            f"is_causal={self.is_causal}, init={self.init!r}"
+        )

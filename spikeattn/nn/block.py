@@ -1,0 +1,231 @@
+"""Transformer blocks of spiking attention and a spiking MLP."""
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from spikeattn import _checks
+from spikeattn._backends import Backend
+from spikeattn.nn.attention import SpikingSelfAttention
+from spikeattn.nn.projection import Init, Norm, SpikingLinear, SpikingOptions
+from spikeattn.ops.spiking_attention.reference import Fire
+from spikeattn.ops.surrogate import ATan
+
+
+class SpikingMLP(nn.Module):
+    """Two spiking layers, ``LIF(norm(Linear(LIF(norm(Linear(x))))))``, wider between (Spikformer's MLP).
+
+    Args:
+        dim: Width D of a token.
+        mlp_ratio: Width between the layers, as a multiple of ``dim``.
+        norm, tau, v_threshold, v_reset, surrogate_function, detach_reset, init, backend, device, dtype: As in
+            `SpikingSelfAttention`.
+
+    Raises:
+        ValueError: ``dim * mlp_ratio`` is below 1; an option outside its choices.
+
+    Example:
+        >>> SpikingMLP(16)(torch.randn(4, 2, 5, 16)).shape
+        torch.Size([4, 2, 5, 16])
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        mlp_ratio: float = 4.0,
+        norm: Norm = "layer",
+        tau: float = 2.0,
+        v_threshold: float = 1.0,
+        v_reset: float | None = 0.0,
+        surrogate_function: Callable[[Tensor], Tensor] = ATan(2.0),
+        detach_reset: bool = True,
+        init: Init = "alive",
+        backend: Backend = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        hidden = int(dim * mlp_ratio)
+        if hidden < 1:
+            raise ValueError(f"SpikingMLP: dim * mlp_ratio must be at least 1, got {dim} * {mlp_ratio}.")
+        options = SpikingOptions(
+            norm, tau, v_threshold, v_reset, surrogate_function, detach_reset, init, backend, device, dtype
+        )
+        self.dim = dim
+        self.fc1 = SpikingLinear(dim, hidden, options)
+        self.fc2 = SpikingLinear(hidden, dim, options)
+
+    def forward(
+        self, x: Float[Tensor, "T B L D"], key_padding_mask: Bool[Tensor, "B L"] | None = None
+    ) -> Float[Tensor, "T B L D"]:
+        """Spikes [T, B, L, D] of any real ``x`` [T, B, L, D]; zero where ``key_padding_mask`` [B, L] is True."""
+        _checks.check_tokens("SpikingMLP", x, self.dim)
+        _checks.check_padding_mask("SpikingMLP", key_padding_mask, *x.shape[1:3])
+        return self.fc2(self.fc1(x, key_padding_mask), key_padding_mask)
+
+
+class SpikingTransformerBlock(nn.Module):
+    """Spiking self-attention and a spiking MLP, each added to its input.
+
+    ::
+
+        x = x + SpikingSelfAttention(x)
+        x = x + SpikingMLP(x)
+
+    Source: Zhou et al. 2022 (Spikformer, arXiv:2209.15425), encoder block.
+
+    Args:
+        dim: Width D of a token.
+        num_heads: Heads of the attention; D is a multiple of it.
+        mlp_ratio: As in `SpikingMLP`.
+        scale, fire, norm, tau, v_threshold, attn_v_threshold, v_reset, surrogate_function, detach_reset, is_causal,
+            init, backend, device, dtype: As in `SpikingSelfAttention`.
+
+    Example:
+        >>> SpikingTransformerBlock(16, num_heads=2)(torch.randn(4, 2, 5, 16)).shape
+        torch.Size([4, 2, 5, 16])
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        *,
+        mlp_ratio: float = 4.0,
+        scale: float = 0.125,
+        fire: Fire = "output",
+        norm: Norm = "layer",
+        tau: float = 2.0,
+        v_threshold: float = 1.0,
+        attn_v_threshold: float = 0.5,
+        v_reset: float | None = 0.0,
+        surrogate_function: Callable[[Tensor], Tensor] = ATan(2.0),
+        detach_reset: bool = True,
+        is_causal: bool = False,
+        init: Init = "alive",
+        backend: Backend = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.attn = SpikingSelfAttention(
+            dim,
+            num_heads,
+            scale=scale,
+            fire=fire,
+            norm=norm,
+            tau=tau,
+            v_threshold=v_threshold,
+            attn_v_threshold=attn_v_threshold,
+            v_reset=v_reset,
+            surrogate_function=surrogate_function,
+            detach_reset=detach_reset,
+            is_causal=is_causal,
+            init=init,
+            backend=backend,
+            device=device,
+            dtype=dtype,
+        )
+        self.mlp = SpikingMLP(
+            dim,
+            mlp_ratio=mlp_ratio,
+            norm=norm,
+            tau=tau,
+            v_threshold=v_threshold,
+            v_reset=v_reset,
+            surrogate_function=surrogate_function,
+            detach_reset=detach_reset,
+            init=init,
+            backend=backend,
+            device=device,
+            dtype=dtype,
+        )
+
+    def forward(
+        self, x: Float[Tensor, "T B L D"], key_padding_mask: Bool[Tensor, "B L"] | None = None
+    ) -> Float[Tensor, "T B L D"]:
+        """``x`` [T, B, L, D] plus spikes; unchanged where ``key_padding_mask`` [B, L] is True."""
+        x = x + self.attn(x, key_padding_mask)
+        return x + self.mlp(x, key_padding_mask)
+
+
+class SpikingTransformer(nn.Module):
+    """``depth`` spiking transformer blocks, one after another.
+
+    Any real input; encoding before it and normalising after it belong to the caller.
+
+    Args:
+        dim: Width D of a token.
+        depth: Number of blocks.
+        num_heads: Heads of each attention; D is a multiple of it.
+        mlp_ratio: As in `SpikingMLP`.
+        scale, fire, norm, tau, v_threshold, attn_v_threshold, v_reset, surrogate_function, detach_reset, is_causal,
+            init, backend, device, dtype: As in `SpikingSelfAttention`.
+
+    Raises:
+        ValueError: ``depth`` is below 1.
+
+    Example:
+        >>> x = torch.randn(2, 5, 16).expand(4, 2, 5, 16)  # a static input, over 4 time steps
+        >>> SpikingTransformer(16, depth=2, num_heads=2)(x).shape
+        torch.Size([4, 2, 5, 16])
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        depth: int = 2,
+        num_heads: int = 8,
+        *,
+        mlp_ratio: float = 4.0,
+        scale: float = 0.125,
+        fire: Fire = "output",
+        norm: Norm = "layer",
+        tau: float = 2.0,
+        v_threshold: float = 1.0,
+        attn_v_threshold: float = 0.5,
+        v_reset: float | None = 0.0,
+        surrogate_function: Callable[[Tensor], Tensor] = ATan(2.0),
+        detach_reset: bool = True,
+        is_causal: bool = False,
+        init: Init = "alive",
+        backend: Backend = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if depth < 1:
+            raise ValueError(f"SpikingTransformer: depth must be at least 1, got {depth}.")
+        self.blocks = nn.ModuleList(
+            SpikingTransformerBlock(
+                dim,
+                num_heads,
+                mlp_ratio=mlp_ratio,
+                scale=scale,
+                fire=fire,
+                norm=norm,
+                tau=tau,
+                v_threshold=v_threshold,
+                attn_v_threshold=attn_v_threshold,
+                v_reset=v_reset,
+                surrogate_function=surrogate_function,
+                detach_reset=detach_reset,
+                is_causal=is_causal,
+                init=init,
+                backend=backend,
+                device=device,
+                dtype=dtype,
+            )
+            for _ in range(depth)
+        )
+
+    def forward(
+        self, x: Float[Tensor, "T B L D"], key_padding_mask: Bool[Tensor, "B L"] | None = None
+    ) -> Float[Tensor, "T B L D"]:
+        """``x`` [T, B, L, D] plus the blocks' spikes; unchanged where ``key_padding_mask`` [B, L] is True."""
+        for block in self.blocks:
+            x = block(x, key_padding_mask)
+        return x
