@@ -1,0 +1,102 @@
+"""SpikEmo: the modality level, the feature level, fusion and the classifier, assembled."""
+
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from spikemo_model.batch import DialogueBatch
+from spikemo_model.config import SpikEmoConfig
+from spikemo_model.context import ModalityEncoder
+from spikemo_model.dswa import DynamicSpikingWeightAdaptation
+from spikemo_model.fusion import Classifier, MultiAttn
+
+
+class SpikEmoOutput(NamedTuple):
+    """What `SpikEmo` returns: logits [B, L, C], and the fused features [B, L, D] by modality."""
+
+    logits: Tensor
+    fused: dict[str, Tensor]
+
+
+class SpikEmo(nn.Module):
+    """Emotion of every utterance of a conversation, from text, audio and visual features or any of them.
+
+    ::
+
+        features --ModalityEncoder--> [B, L, D] --DSWA, eq. (2)--> --MultiAttn, eqs. (3, 4)--> --Classifier--> logits
+
+    Source: Yu et al., "SpikEmo: Enhancing Emotion Recognition With Spiking Temporal Dynamics in Conversations".
+    Padding and the other dialogues of a batch never change an utterance's logits (except with
+    ``published_behaviour``).
+
+    Args:
+        config: The configuration; presets are `meld` and `iemocap`.
+
+    Example:
+        >>> from spikemo_model.config import ModalityConfig
+        >>> model = SpikEmo(SpikEmoConfig({"text": ModalityConfig(8)}, dim=16))
+        >>> batch = DialogueBatch({"text": torch.randn(2, 3, 8)}, torch.zeros(2, 3).long(), torch.ones(2, 3).bool())
+        >>> model(batch).logits.shape
+        torch.Size([2, 3, 7])
+    """
+
+    def __init__(self, config: SpikEmoConfig) -> None:
+        super().__init__()
+        self.config = config
+        names = list(config.modalities)
+        self.encoders = nn.ModuleDict(
+            {
+                name: ModalityEncoder(modality, config.dim, config.dropout, config.input_dropout)
+                for name, modality in config.modalities.items()
+            }
+        )
+        if config.dswa is None:
+            self.dswa = nn.ModuleDict()
+        else:
+            owners = ["shared"] if config.dswa.shared else names
+            published = config.published_behaviour
+            self.dswa = nn.ModuleDict(
+                {owner: DynamicSpikingWeightAdaptation(config.dim, config.dswa, published) for owner in owners}
+            )
+        self.fusion = MultiAttn(names, config.dim, config.fusion, config.dropout)
+        self.classifier = Classifier(
+            len(names), config.dim, config.classifier_hidden, len(config.classes), config.dropout
+        )
+
+    def forward(self, batch: DialogueBatch) -> SpikEmoOutput:
+        """Logits and fused features of ``batch``.
+
+        Raises:
+            ValueError: A modality is missing from the batch, or its features have another width.
+        """
+        encoded = {}
+        for name, encoder in self.encoders.items():
+            self._check(batch, name)
+            encoded[name] = encoder(batch.features[name], batch.speakers, batch.mask)
+        adapted = self._adapt(encoded, batch.mask)
+        fused = self.fusion(adapted, None if self.config.published_behaviour else batch.mask)
+        return SpikEmoOutput(self.classifier(fused), fused)
+
+    def _check(self, batch: DialogueBatch, name: str) -> None:
+        """The batch has the modality, at the width of the configuration."""
+        if name not in batch.features:
+            raise ValueError(f"SpikEmo: the batch lacks the modality {name!r}; it has {sorted(batch.features)}.")
+        width, wanted = batch.features[name].shape[-1], self.config.modalities[name].features
+        if width != wanted:
+            raise ValueError(f"SpikEmo: {name} features must be {wanted} wide, got {width}.")
+
+    def _adapt(self, encoded: dict[str, Tensor], mask: Tensor) -> dict[str, Tensor]:
+        """DSWA on every modality: each on its own, or all as one batch where they share its weights."""
+        if not self.dswa:
+            return encoded
+        if "shared" not in self.dswa:
+            return {name: self.dswa[name](x, mask) for name, x in encoded.items()}
+        shared = cast(DynamicSpikingWeightAdaptation, self.dswa["shared"])
+        if self.config.published_behaviour:
+            try:
+                return {name: shared(x, mask) for name, x in encoded.items()}
+            finally:
+                shared.reset()
+        together = shared(torch.cat(list(encoded.values())), mask.repeat(len(encoded), 1))
+        return dict(zip(encoded, together.chunk(len(encoded)), strict=True))
