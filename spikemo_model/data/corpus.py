@@ -1,0 +1,178 @@
+"""Conversations in memory: what every reader returns and everything else works on."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from spikemo_model.batch import DialogueBatch
+
+SPLITS = ("train", "valid", "test")
+
+
+class DataError(ValueError):
+    """Something is wrong with the data; the message names the file or dialogue and the cure."""
+
+
+class TextFeatures(NamedTuple):
+    """Features of transcripts: [rows, F] by split, in the order of the transcripts, and what they are in words."""
+
+    rows: dict[str, Tensor]
+    about: str
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """One dialogue of L utterances.
+
+    Args:
+        id: Name, unique within its split.
+        features: By modality, [L, F_m] float32.
+        speakers: L names.
+        labels: [L] int64, indices of the corpus's classes, -1 where unknown.
+        utterance_ids: L names, unique within the dialogue.
+        texts: L transcripts; empty if there are none.
+    """
+
+    id: str
+    features: dict[str, Tensor]
+    speakers: tuple[str, ...]
+    labels: Tensor
+    utterance_ids: tuple[str, ...]
+    texts: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        """Number of utterances L."""
+        return len(self.speakers)
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A data set in three splits, with what to call it and where its features come from.
+
+    Args:
+        name: E.g. "MELD".
+        classes: Emotions, in the order of the labels.
+        splits: Conversations by "train", "valid" and "test".
+        about: What each modality's features are, by modality; goes into the report.
+        notes: What a reader of the results must know; goes into the report.
+        standardised: Mean and standard deviation that were taken out of each modality (`standardise`).
+
+    Raises:
+        DataError: A split is missing or empty, a dialogue is empty, a label is unknown, features are missing, of
+            another width or not finite.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    splits: dict[str, tuple[Conversation, ...]]
+    about: dict[str, str]
+    notes: tuple[str, ...] = ()
+    standardised: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Check everything that training relies on, before it starts."""
+        for split in SPLITS:
+            if not self.splits.get(split):
+                raise DataError(f"{self.name}: the {split} split is missing or empty.")
+            seen: set[str] = set()
+            for dialogue in self.splits[split]:
+                _check_dialogue(self, split, dialogue)
+                if dialogue.id in seen:
+                    raise DataError(f"{self.name}: {split} dialogue {dialogue.id} is there twice.")
+                seen.add(dialogue.id)
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """Width of each modality's features."""
+        return {name: x.shape[1] for name, x in self.splits["train"][0].features.items()}
+
+    def select(self, modalities: Sequence[str]) -> "Corpus":
+        """The same corpus with some of its modalities, in the order given.
+
+        Raises:
+            DataError: It lacks one of them.
+        """
+        missing = [name for name in modalities if name not in self.about]
+        if missing or not modalities:
+            raise DataError(
+                f"{self.name}: asked for the modalities {list(modalities)}, but there are {list(self.about)}."
+            )
+        splits = {
+            split: tuple(replace(d, features={name: d.features[name] for name in modalities}) for d in dialogues)
+            for split, dialogues in self.splits.items()
+        }
+        return replace(self, splits=splits, about={name: self.about[name] for name in modalities})
+
+
+def _check_dialogue(corpus: Corpus, split: str, dialogue: Conversation) -> None:
+    """One dialogue is complete, finite and as wide as the first of the training split."""
+    where = f"{corpus.name}: {split} dialogue {dialogue.id}"
+    L = len(dialogue)
+    if L == 0:
+        raise DataError(f"{where} has no utterance. Leave it out.")
+    if dialogue.features.keys() != corpus.about.keys():
+        missing = sorted(corpus.about.keys() ^ dialogue.features.keys())
+        raise DataError(f"{where} must have features of {sorted(corpus.about)}; it differs in {missing}.")
+    if dialogue.labels.shape != (L,) or len(dialogue.utterance_ids) != L:
+        raise DataError(f"{where} has {L} speakers, but labels of shape {tuple(dialogue.labels.shape)}.")
+    if int(dialogue.labels.min()) < -1 or int(dialogue.labels.max()) >= len(corpus.classes):
+        raise DataError(f"{where} has labels {dialogue.labels.tolist()} outside 0 ... {len(corpus.classes) - 1}.")
+    for name, x in dialogue.features.items():
+        width = corpus.widths[name]
+        if x.shape != (L, width):
+            raise DataError(
+                f"{where}: {name} features must be {L} utterances x {width}, got {tuple(x.shape)}. "
+                "Extract them again with one encoder."
+            )
+        finite = x.isfinite().all(dim=1)
+        if not finite.all():
+            bad = dialogue.utterance_ids[int((~finite).nonzero()[0, 0])]
+            raise DataError(f"{where}, utterance {bad}: {name} features hold NaN or infinity. Extract them again.")
+
+
+def standardise(corpus: Corpus, modalities: Sequence[str], limit: float = 5.0) -> Corpus:
+    """Give features mean 0 and standard deviation 1 on the training split, clipped.
+
+    Args:
+        corpus: Any.
+        modalities: Which of its modalities.
+        limit: Largest magnitude left, in standard deviations: measurements such as clip durations have outliers.
+
+    Returns:
+        The corpus with those features changed; a feature that is constant in training becomes 0.
+    """
+    constants = {}
+    for name in modalities:
+        x = torch.cat([d.features[name] for d in corpus.splits["train"]]).double()
+        mean, std = x.mean(0), x.std(0, correction=0)
+        constants[name] = mean.float(), torch.where(std > 1e-6 * x.abs().amax(0), std, torch.inf).float()
+
+    def scaled(d: Conversation) -> Conversation:
+        changed = {
+            name: ((d.features[name] - mean) / std).clamp(-limit, limit) for name, (mean, std) in constants.items()
+        }
+        return replace(d, features={**d.features, **changed})
+
+    splits = {split: tuple(map(scaled, dialogues)) for split, dialogues in corpus.splits.items()}
+    return replace(corpus, splits=splits, standardised={**corpus.standardised, **constants})
+
+
+def collate(dialogues: Sequence[Conversation]) -> DialogueBatch:
+    """Pad dialogues to a batch: zeros, no speaker beyond those of a dialogue, labels of -1."""
+    B, L = len(dialogues), max(map(len, dialogues))
+    mask = torch.zeros(B, L, dtype=torch.bool)
+    speakers = torch.zeros(B, L, dtype=torch.long)
+    labels = torch.full((B, L), -1)
+    features = {name: torch.zeros(B, L, x.shape[1]) for name, x in dialogues[0].features.items()}
+    for b, dialogue in enumerate(dialogues):
+        n = len(dialogue)
+        order = {name: i for i, name in enumerate(dict.fromkeys(dialogue.speakers))}  # by first appearance
+        mask[b, :n] = True
+        speakers[b, :n] = torch.tensor([order[name] for name in dialogue.speakers])
+        labels[b, :n] = dialogue.labels
+        for name, x in dialogue.features.items():
+            features[name][b, :n] = x
+    return DialogueBatch(features, speakers, mask, labels, tuple(d.id for d in dialogues))
