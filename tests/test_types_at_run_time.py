@@ -1,0 +1,25 @@
+"""The annotated shapes and types hold: beartype checks them while the examples of the docstrings and a model run.
+
+In a process of its own, because the checks would hide the messages that users see, and stop torch.compile.
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_annotations_hold_while_the_package_runs():
+    run = subprocess.run(
+        [
+            sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider",
+            "--jaxtyping-packages=spikeattn,spikemo_model,beartype.beartype",
+            "spikeattn", "spikemo_model",
+            "tests/nn/test_attention.py", "tests/model/test_model.py",
+            "-k", "not bad and not compiles",
+        ],
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-2000:]
+    assert " passed" in run.stdout
