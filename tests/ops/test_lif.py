@@ -91,7 +91,7 @@ def test_analytic_backward_is_autograd_of_the_definition_in_float64(dynamics, su
         v0 = torch.randn(11, dtype=torch.float64, requires_grad=True)
         r_tau = torch.tensor(1 / tau, dtype=torch.float64, requires_grad=True) if as_tensor else None
         inputs = (x, v0, *([r_tau] if as_tensor else []))
-        settings = (tau, decay_input, 1.0, v_reset, detach_reset)
+        settings = (6, tau, decay_input, 1.0, v_reset, detach_reset)
         outputs = lif_reference(x, v0, r_tau, *settings, surrogate, True)
         weights = [torch.randn_like(out) for out in outputs]
         wanted = torch.autograd.grad(outputs, inputs, weights)
@@ -111,7 +111,7 @@ def test_definition_with_the_smooth_primitive_passes_gradcheck(v_reset, detach_r
     r_tau = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
 
     def smooth(x, v0, r_tau):
-        return lif_reference(x, v0, r_tau, 1.0, True, 1.0, v_reset, detach_reset, ATan().primitive)[0]
+        return lif_reference(x, v0, r_tau, T, 1.0, True, 1.0, v_reset, detach_reset, ATan().primitive)[0]
 
     assert torch.autograd.gradcheck(smooth, (x, v0, r_tau))
 
@@ -172,6 +172,21 @@ def test_strides_never_change_a_result(T, shape, layout):
     assert torch.equal(a.grad, b.grad)
 
 
+def test_a_static_input_is_read_once_and_gets_the_sum_of_its_gradients():
+    one = currents(1, 40)[0]
+    for T in (1, 2, 7, 32):
+        weight = torch.randn(T, 40)
+        a, b = one.clone().requires_grad_(), one.clone().requires_grad_()
+        static, repeated = lif(a.expand(T, 40), surrogate=ATan()), lif(torch.stack([b] * T), surrogate=ATan())
+        assert torch.equal(static.spikes, repeated.spikes)
+        assert torch.equal(static.v, repeated.v)
+        (static.spikes * weight).sum().backward()
+        (repeated.spikes * weight).sum().backward()
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-5, atol=1e-6)
+    saved = lif(a.expand(32, 40), surrogate=ATan()).spikes.grad_fn.saved_tensors[0]
+    assert saved.shape == (1, 40)
+
+
 @given(T=st.integers(2, 16), cut=st.integers(1, 15))
 def test_two_calls_in_a_row_equal_one(T, cut):
     cut = min(cut, T - 1)
@@ -188,11 +203,11 @@ def test_registered_ops_pass_opcheck():
     for r_tau in (None, torch.tensor(0.4, requires_grad=True)):
         for v_seq in (False, True):
             x, v0 = currents(5, 6).requires_grad_(), torch.zeros(6, requires_grad=True)
-            settings = (2.0, True, 1.0, 0.0, False, "atan", 2.0)
-            torch.library.opcheck(torch.ops.spikeattn.lif_forward.default, (x, v0, r_tau, *settings, v_seq))
+            settings = (5, 2.0, True, 1.0, 0.0, False, "atan", 2.0)
+            torch.library.opcheck(torch.ops.spikeattn.lif_forward.default, (x, v0, r_tau, *settings, v_seq, "torch"))
             grads = (torch.randn(5, 6), torch.randn(6), torch.randn(5, 6) if v_seq else None)
             saved = [None if s is None else s.detach() for s in (x, v0, r_tau)]
-            torch.library.opcheck(torch.ops.spikeattn.lif_backward.default, (*grads, *saved, *settings))
+            torch.library.opcheck(torch.ops.spikeattn.lif_backward.default, (*grads, *saved, *settings, "torch"))
 
 
 def test_compiles_to_one_graph_with_the_same_result():

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from spikeattn import _checks
 from spikeattn._backends import Backend, resolve_backend, say_once
-from spikeattn.ops.lif.reference import lif_backward_reference, lif_reference, state_dtype
+from spikeattn.ops.lif.reference import is_static, lif_backward_reference, lif_reference, state_dtype
 from spikeattn.ops.surrogate import SURROGATES, Sigmoid, Surrogate, as_surrogate
 
 
@@ -48,7 +48,8 @@ def lif(
     ``tau=math.inf, decay_input=False`` those of ``IFNode``.
 
     Args:
-        x: Input current, any strides; in units of the threshold's scale (dimensionless).
+        x: Input current, any strides; in units of the threshold's scale (dimensionless). A time axis of stride 0
+            (``expand``) is a static input: it is read once, and the sum of its steps' gradients arrives at step 0.
         v0: Initial potential, same unit.
         tau: Membrane time constant **in time steps**, > 1 (``math.inf``: no leak). Not seconds: there is no dt.
             A scalar tensor gets a gradient; its reciprocal is taken once and multiplies where a float divides.
@@ -118,13 +119,17 @@ def integrate(
         v_rest = 0.0 if v_reset is None else v_reset
         v0 = torch.full(x.shape[1:], v_rest, dtype=state_dtype(x), device=x.device)
     _checks.check_initial_potential("lif", v0, x)
-    resolve_backend(backend, x.device, "lif")
+    chosen = resolve_backend(backend, x.device, "lif")
     surrogate = as_surrogate(surrogate)
+    T = x.shape[0]
+    if is_static(x) and not (x.is_leaf and x.requires_grad):  # a leaf's gradient belongs to every step
+        x = x[:1]
     if r_tau is not None:
         r_tau = r_tau.to(dtype=state_dtype(x), device=x.device)
-    settings = (tau, decay_input, float(v_threshold), None if v_reset is None else float(v_reset), detach_reset)
+    settings = (T, tau, decay_input, float(v_threshold), None if v_reset is None else float(v_reset), detach_reset)
     if isinstance(surrogate, Surrogate):
-        spikes, v, v_seq = lif_forward(x, v0, r_tau, *settings, surrogate.name, float(surrogate.alpha), return_v_seq)
+        name, alpha = surrogate.name, float(surrogate.alpha)
+        spikes, v, v_seq = lif_forward(x, v0, r_tau, *settings, name, alpha, return_v_seq, chosen)
     else:
         name = type(surrogate).__name__
         say_once(f"lif: surrogate {name} has no analytic backward; it runs as a plain loop over T")
@@ -137,6 +142,7 @@ def lif_forward(
     x: Tensor,
     v0: Tensor,
     r_tau: Tensor | None,
+    time_steps: int,
     tau: float,
     decay_input: bool,
     v_threshold: float,
@@ -145,20 +151,25 @@ def lif_forward(
     surrogate: str,
     alpha: float,
     return_v_seq: bool,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return ``(spikes, v, v_seq)``; ``v_seq`` is empty unless asked for."""
     fire = SURROGATES[surrogate](alpha)
     spikes, v, v_seq = lif_reference(
-        x, v0, r_tau, tau, decay_input, v_threshold, v_reset, detach_reset, fire, return_v_seq
+        x, v0, r_tau, time_steps, tau, decay_input, v_threshold, v_reset, detach_reset, fire, return_v_seq
     )
     return spikes, v.contiguous(), v_seq
 
 
 @lif_forward.register_fake
-def _(x, v0, r_tau, tau, decay_input, v_threshold, v_reset, detach_reset, surrogate, alpha, return_v_seq):
+def _(
+    x, v0, r_tau,
+    time_steps, tau, decay_input, v_threshold, v_reset, detach_reset, surrogate, alpha, return_v_seq, backend,
+):  # fmt: skip
     dtype = state_dtype(x)
-    v_seq_shape = x.shape if return_v_seq else (0,)
-    return x.new_empty(x.shape), x.new_empty(x.shape[1:], dtype=dtype), x.new_empty(v_seq_shape, dtype=dtype)
+    shape = (time_steps, *x.shape[1:])
+    v_seq_shape = shape if return_v_seq else (0,)
+    return x.new_empty(shape), x.new_empty(x.shape[1:], dtype=dtype), x.new_empty(v_seq_shape, dtype=dtype)
 
 
 @torch.library.custom_op("spikeattn::lif_backward", mutates_args=(), device_types=("cpu", "cuda"))
@@ -169,6 +180,7 @@ def lif_backward(
     x: Tensor,
     v0: Tensor,
     r_tau: Tensor | None,
+    time_steps: int,
     tau: float,
     decay_input: bool,
     v_threshold: float,
@@ -176,16 +188,17 @@ def lif_backward(
     detach_reset: bool,
     surrogate: str,
     alpha: float,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return ``(grad_x, grad_v0, grad_r_tau)``."""
-    settings = (r_tau, tau, decay_input, v_threshold, v_reset, detach_reset, SURROGATES[surrogate](alpha))
-    return lif_backward_reference(grad_spikes, grad_v, grad_v_seq, x, v0, *settings)
+    settings = (time_steps, tau, decay_input, v_threshold, v_reset, detach_reset, SURROGATES[surrogate](alpha))
+    return lif_backward_reference(grad_spikes, grad_v, grad_v_seq, x, v0, r_tau, *settings)
 
 
 @lif_backward.register_fake
 def _(
     grad_spikes, grad_v, grad_v_seq, x, v0, r_tau,
-    tau, decay_input, v_threshold, v_reset, detach_reset, surrogate, alpha,
+    time_steps, tau, decay_input, v_threshold, v_reset, detach_reset, surrogate, alpha, backend,
 ):  # fmt: skip
     dtype = state_dtype(x)
     return x.new_empty(x.shape), x.new_empty(v0.shape, dtype=dtype), x.new_empty((), dtype=dtype)
@@ -193,18 +206,19 @@ def _(
 
 def _save(ctx, inputs, output) -> None:
     """Keep the inputs only: the backward computes H again."""
-    x, v0, r_tau, *ctx.settings, ctx.return_v_seq = inputs
+    x, v0, r_tau, *ctx.settings, ctx.return_v_seq, ctx.backend = inputs
     ctx.save_for_backward(x, v0, r_tau)
 
 
 def _backward(ctx, grad_spikes, grad_v, grad_v_seq):
     """Hand over to the registered backward; None for an input that needs no gradient."""
     x, v0, r_tau = ctx.saved_tensors
-    grads = lif_backward(grad_spikes, grad_v, grad_v_seq if ctx.return_v_seq else None, x, v0, r_tau, *ctx.settings)
+    grad_v_seq = grad_v_seq if ctx.return_v_seq else None
+    grads = lif_backward(grad_spikes, grad_v, grad_v_seq, x, v0, r_tau, *ctx.settings, ctx.backend)
     needed = [grad if need else None for grad, need in zip(grads, ctx.needs_input_grad[:3], strict=True)]
     if needed[1] is not None:
         needed[1] = needed[1].to(v0.dtype)
-    return (*needed, *(None,) * (len(ctx.settings) + 1))
+    return (*needed, *(None,) * (len(ctx.settings) + 2))
 
 
 torch.library.register_autograd("spikeattn::lif_forward", _backward, setup_context=_save)

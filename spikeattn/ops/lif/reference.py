@@ -26,6 +26,7 @@ def lif_reference(
     x: Tensor,
     v0: Tensor,
     r_tau: Tensor | None,
+    time_steps: int,
     tau: float,
     decay_input: bool,
     v_threshold: float,
@@ -34,15 +35,15 @@ def lif_reference(
     surrogate: Callable[[Tensor], Tensor],
     return_v_seq: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return ``(spikes [T, *N], v [*N], v_seq [T, *N])`` by a differentiable loop over T.
+    """Return ``(spikes [T, *N], v [*N], v_seq [T, *N])`` by a differentiable loop over T = ``time_steps``.
 
-    ``surrogate`` is any function that fires (`Surrogate` objects do); a smooth one makes the loop smooth.
-    ``v_seq`` is empty unless asked for.
+    ``x`` is [T, *N], or [1, *N] for the same current at every step. ``surrogate`` is any function that fires
+    (`Surrogate` objects do); a smooth one makes the loop smooth. ``v_seq`` is empty unless asked for.
     """
     v_rest = 0.0 if v_reset is None else v_reset
     v = v0.to(state_dtype(x))
     spikes, v_seq = [], []
-    for x_t in x:
+    for x_t in x.expand(time_steps, *x.shape[1:]):
         h = charge(x_t.to(v.dtype), v, tau, r_tau, decay_input, v_rest)
         s = surrogate(h - v_threshold)
         s_reset = s.detach() if detach_reset else s
@@ -60,6 +61,7 @@ def lif_backward_reference(
     x: Tensor,
     v0: Tensor,
     r_tau: Tensor | None,
+    time_steps: int,
     tau: float,
     decay_input: bool,
     v_threshold: float,
@@ -67,24 +69,26 @@ def lif_backward_reference(
     detach_reset: bool,
     surrogate: Surrogate,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return ``(grad_x [T, *N], grad_v0 [*N], grad_r_tau [])``; ``h`` is computed again from ``x`` and ``v0``.
+    """Return ``(grad_x, grad_v0 [*N], grad_r_tau [])``; ``h`` is computed again from ``x`` and ``v0``.
 
+    ``grad_x`` has the shape of ``x``; where that has one step for all, the steps are summed from the last to the first.
     The order of operations is the one of spikingjelly 2.0.0 on a CPU, so that gradients agree bit for bit.
     """
     v_rest = 0.0 if v_reset is None else v_reset
     v = v0.to(state_dtype(x))
     v_before, h_seq = [], []
-    for x_t in x:
+    static = x.shape[0] != time_steps
+    for x_t in x.expand(time_steps, *x.shape[1:]):
         h = charge(x_t.to(v.dtype), v, tau, r_tau, decay_input, v_rest)
         s = (h >= v_threshold).to(h.dtype)
         v_before.append(v)
         h_seq.append(h)
         v = h - s * v_threshold if v_reset is None else s * v_reset + (1 - s) * h
 
-    grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    grad_x = torch.zeros(x.shape, dtype=v.dtype if static else x.dtype, device=x.device)
     grad_r_tau = torch.zeros((), dtype=v.dtype, device=x.device)
     carry = grad_v.to(v.dtype)  # dL/dV[t]
-    for t in range(x.shape[0] - 1, -1, -1):
+    for t in range(time_steps - 1, -1, -1):
         h = h_seq[t]
         s = (h >= v_threshold).to(h.dtype)
         sg = surrogate.derivative(h - v_threshold)
@@ -98,9 +102,18 @@ def lif_backward_reference(
                 grad_s = (grad_s - carry * h) + carry * v_reset
             grad_h = grad_s * sg + carry * (1 - s)
         through = grad_h / tau if r_tau is None else grad_h * r_tau
-        grad_x[t] = through if decay_input else grad_h
+        grad_current = through if decay_input else grad_h
+        if static:
+            grad_x[0] += grad_current
+        else:
+            grad_x[t] = grad_current
         if r_tau is not None:
             leak = v_before[t] - v_rest
-            grad_r_tau += (grad_h * (x[t].to(h.dtype) - leak if decay_input else -leak)).sum()
+            grad_r_tau += (grad_h * (x[0 if static else t].to(h.dtype) - leak if decay_input else -leak)).sum()
         carry = grad_h - through
-    return grad_x, carry, grad_r_tau
+    return grad_x.to(x.dtype), carry, grad_r_tau
+
+
+def is_static(x: Tensor) -> bool:
+    """Whether ``x`` [T, *N] is the same memory at every time step."""
+    return x.shape[0] > 1 and x.stride(0) == 0

@@ -1,0 +1,1 @@
+"""LayerNorm and leaky integrate-and-fire neurons in one pass."""
