@@ -154,6 +154,8 @@ class LossConfig:
         dice_alpha: Exponent of (1 - p) in eq. (9).
         dice_gamma: Smoothing constant of eq. (9).
         label_smoothing: Share of the target spread over all classes in cross-entropy; 0 in the paper.
+        balance: How far cross-entropy makes up for unequal classes: logits are trained with ``balance * log(share)``
+            added (Menon et al. 2021, arXiv:2007.07314, eq. 10), from 0, as in the paper, to 1 for balanced error.
     """
 
     ce_weight: float = 1.0
@@ -163,6 +165,7 @@ class LossConfig:
     dice_alpha: float = 1.5
     dice_gamma: float = 0.5
     label_smoothing: float = 0.0
+    balance: float = 0.0
 
     def __post_init__(self) -> None:
         """Check ranges."""
@@ -170,6 +173,7 @@ class LossConfig:
         _require(min(weights) >= 0 and max(weights) > 0, self, "weights must be >= 0, one of them > 0", weights)
         _require(self.dice_gamma > 0, self, "dice_gamma must be > 0", self.dice_gamma)
         _require(0 <= self.label_smoothing < 1, self, "label_smoothing must be in [0, 1)", self.label_smoothing)
+        _require(0 <= self.balance <= 1, self, "balance must be in [0, 1]", self.balance)
 
 
 @dataclass(frozen=True)

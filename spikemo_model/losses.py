@@ -66,6 +66,7 @@ def spikemo_loss(
     fused: dict[str, Float[Tensor, "N D"]],
     labels: Int[Tensor, "N"],
     config: LossConfig,
+    class_shares: Float[Tensor, "C"] | None = None,
 ) -> LossTerms:
     """The weighted sum of the terms, eq. (11), over N labelled utterances; a weight of 0 skips its term.
 
@@ -74,9 +75,11 @@ def spikemo_loss(
         fused: Fused features [N, D] by modality; the correlation is the weighted sum over their pairs (eq. 8).
         labels: [N].
         config: Weights and constants.
+        class_shares: [C], each class's share of the training utterances, > 0; what ``config.balance`` needs.
     """
     zero = logits.new_zeros(())
-    ce = cross_entropy(logits, labels, config.label_smoothing) if config.ce_weight else zero
+    balanced = logits if class_shares is None else logits + config.balance * class_shares.log()
+    ce = cross_entropy(balanced, labels, config.label_smoothing) if config.ce_weight else zero
     dice = self_adjusting_dice(logits, labels, config.dice_alpha, config.dice_gamma) if config.dice_weight else zero
     corr = zero
     if config.corr_weight:

@@ -44,10 +44,14 @@ class SpikEmoTask(pl.LightningModule):
 
     Args:
         preset: The model and how to train it.
+        class_shares: [C], each class's share of the training utterances, > 0.
     """
 
-    def __init__(self, preset: Preset) -> None:
+    class_shares: Tensor
+
+    def __init__(self, preset: Preset, class_shares: Tensor) -> None:
         super().__init__()
+        self.register_buffer("class_shares", class_shares, persistent=False)
         self.training_config = preset.training
         self.model = SpikEmo(preset.model)
         self.valid_f1 = MulticlassF1Score(len(preset.model.classes), average="weighted")
@@ -61,7 +65,7 @@ class SpikEmoTask(pl.LightningModule):
         logits, fused = self.model(batch)
         labels, labelled = self._labelled(batch)
         by_modality = {name: x[labelled] for name, x in fused.items()}
-        terms = spikemo_loss(logits[labelled], by_modality, labels, self.training_config.loss)
+        terms = spikemo_loss(logits[labelled], by_modality, labels, self.training_config.loss, self.class_shares)
         if not torch.isfinite(terms.total):
             raise TrainingDivergedError(
                 f"The loss is {terms.total.item()} at step {self.global_step} (epoch {self.current_epoch}), on the "
@@ -217,7 +221,7 @@ def train(
     _check_fit(corpus, preset.model)
     open_run(run_dir, preset)
     pl.seed_everything(preset.training.seed, verbose=False)
-    task = SpikEmoTask(preset)
+    task = SpikEmoTask(preset, class_shares(corpus))
     rates_before = _rates(task.model, corpus)
     bar = progress and sys.stderr.isatty()
     history = History(announce=progress and not bar)
@@ -330,6 +334,13 @@ def write_json(path: Path, values: Any) -> None:
     """Write ``values`` to ``path``, which appears complete or not at all."""
     text = json.dumps(values, ensure_ascii=False, indent=1)
     replace_atomically(path, lambda file: file.write(text.encode("utf-8")))
+
+
+def class_shares(corpus: Corpus) -> Tensor:
+    """Share [C] of each class among the labelled training utterances, each counted once more, so that none is 0."""
+    labels = torch.cat([d.labels for d in corpus.splits["train"]])
+    counts = torch.bincount(labels[labels >= 0], minlength=len(corpus.classes)) + 1
+    return counts / counts.sum()
 
 
 def _check_fit(corpus: Corpus, config: SpikEmoConfig) -> None:

@@ -81,3 +81,17 @@ def test_the_sum_has_its_weights_and_skips_what_has_none():
     assert (plain.dice.item(), plain.corr.item()) == (0.0, 0.0)
     alone = spikemo_loss(logits, {"a": fused["a"]}, labels, LossConfig(corr_weight=1.0))
     assert alone.corr.item() == 0.0
+
+
+def test_balance_takes_the_shares_out_of_what_the_logits_learn():
+    logits, labels = torch.randn(9, 3, dtype=torch.float64), torch.randint(3, (9,))
+    shares = torch.tensor([0.7, 0.2, 0.1], dtype=torch.float64)
+    balanced = spikemo_loss(logits, {}, labels, LossConfig(balance=0.5), shares).ce
+    wanted = cross_entropy(logits + 0.5 * shares.log(), labels)
+    assert balanced.item() == wanted.item()
+    assert spikemo_loss(logits, {}, labels, LossConfig(), shares).ce.item() == cross_entropy(logits, labels).item()
+    # Labels that follow the shares and features that say nothing: fully balanced logits are level.
+    free = torch.zeros(3, dtype=torch.float64, requires_grad=True)
+    drawn = torch.tensor([0] * 7 + [1] * 2 + [2])
+    spikemo_loss(free.expand(10, 3), {}, drawn, LossConfig(balance=1.0), shares).total.backward()
+    assert free.grad.abs().max() < 1e-12
