@@ -17,6 +17,7 @@ class Program(NamedTuple):
     """
 
     op: str  # folder below spikeattn/ops
+    direction: str  # "forward" or "backward"
     storage: str  # "f32", "f16" or "bf16"
     constants: tuple[tuple[str, int], ...]
     derivative: str | None = None  # of a custom surrogate: a C expression of `float x`
@@ -26,7 +27,7 @@ class Program(NamedTuple):
 def assemble(program: Program) -> str:
     """Return the whole source: CuPy's cache on disk covers text and options, but no included file."""
     package = files("spikeattn")
-    lines = [f"#define SPK_STORAGE {program.storage}"]
+    lines = [f"#define SPK_STORAGE {program.storage}", f"#define SPK_{program.direction.upper()}"]
     lines += [f"#define SPK_CUSTOM_DERIVATIVE ({program.derivative or '0.0f'})"]
     lines += [f"constexpr int {name} = {value};" for name, value in program.constants]
     for path in ("_cuda/spikeattn.cuh", f"ops/{program.op}/kernels.cu"):

@@ -20,6 +20,7 @@
 #define SPK_HOSTSIM
 #define __global__
 #define __device__
+#define __launch_bounds__(threads)
 #define __align__(bytes) alignas(bytes)
 
 struct dim3 {

@@ -1,6 +1,6 @@
 // LIF over all T steps: equations in op.py, their derivatives and the choice of kVector and kSteps in README.md.
 //
-// x: [T, N], or [1, N] if kStatic; v0, v_last: [N]; everything else [T, N]; time-major and contiguous. State float.
+// x: [T, N], or [1, N] if kStatic; v0: [N], or one number if kScalarV0; v_last: [N]; everything else [T, N]; time-major and contiguous. State float.
 // Launch: a thread owns kVector neighbouring neurons and walks over t; blocks of 128 threads, grid (any, 1, 1), which
 // strides over N. N is a multiple of kVector. One dimension, no shared memory but in lif_backward.
 
@@ -10,6 +10,16 @@ __device__ inline Neuron make_neuron(const float* r_tau, float leak, float v_thr
 {
     return {kTensorTau ? *r_tau : leak, v_threshold, v_reset, a, b};
 }
+
+// V[0] of kVector neurons; one number for all if kScalarV0.
+__device__ inline void load_v0(const float* v0, long long n, float* v)
+{
+    if (!kScalarV0) return load(v0 + n, v);
+#pragma unroll
+    for (int j = 0; j < kVector; ++j) v[j] = *v0;
+}
+
+#ifdef SPK_FORWARD
 
 // Writes spikes, or one bit a neuron if kPacked (bit n % 32 of word n / 32 in packed [T, ceil(N / 32)]; kVector is 1),
 // the last potential and, if kVSeq, every potential. Moves 2 elements of storage a neuron-step (packed: 1 and a bit).
@@ -26,7 +36,7 @@ SPK_ENTRY(spk_lif_forward)(
         const long long n = first + lane * kVector;
         const bool inside = n < N;
         float v[kVector], x_t[kBatch][kVector], s[kVector];
-        if (inside) load(v0 + n, v);
+        if (inside) load_v0(v0, n, v);
         if (inside && kStatic) load(x + n, x_t[0]);
         for (long long t0 = 0; t0 < T; t0 += kBatch) {
 #pragma unroll
@@ -55,6 +65,9 @@ SPK_ENTRY(spk_lif_forward)(
     }
 }
 
+#endif
+#ifdef SPK_BACKWARD
+
 // Reads x once more to compute H: kSteps steps at a time, which stay in registers on the way back. If T is larger,
 // a first pass writes V at the start of every segment but the first to checkpoints [(T - 1) / kSteps, N].
 // Writes grad_x (of x's shape: static steps are summed from the last to the first), grad_v0 and, if kTensorTau, one
@@ -72,7 +85,7 @@ SPK_ENTRY(spk_lif_backward)(
     float sum_r_tau = 0.0f;
     for (long long n = ((long long)blockIdx.x * blockDim.x + threadIdx.x) * kVector; n < N; n += stride) {
         float v[kVector], carry[kVector], h[kSteps][kVector], same[kVector], total[kVector];
-        load(v0 + n, v);
+        load_v0(v0, n, v);
         if (kStatic) load(x + n, same);
         for (long long segment = 0; segment < last_segment; ++segment) {
             for (int k0 = 0; k0 < kSteps; k0 += kBatch) {
@@ -92,8 +105,11 @@ SPK_ENTRY(spk_lif_backward)(
         for (int j = 0; j < kVector; ++j) total[j] = 0.0f;
         for (long long segment = last_segment; segment >= 0; --segment) {
             const long long t0 = segment * kSteps;
-            const float* start = segment ? checkpoints + (segment - 1) * N + n : v0 + n;
-            load(start, v);
+            float start[kVector];
+            if (segment) load(checkpoints + (segment - 1) * N + n, start);
+            else load_v0(v0, n, start);
+#pragma unroll
+            for (int j = 0; j < kVector; ++j) v[j] = start[j];
 #pragma unroll
             for (int k = 0; k < kSteps; ++k)
                 if (!kStatic && t0 + k < T) load(x + (t0 + k) * N + n, h[k]);
@@ -122,13 +138,11 @@ SPK_ENTRY(spk_lif_backward)(
                         grad[j] = neuron.grad_h(grad_s[k - k0][j], carry[j], h[k][j]);
                     }
                     if (kTensorTau) {
-                        float before[kVector];  // V[t-1]
-                        if (k == 0) load(start, before);
                         if (kDecayInput && !kStatic) load(x + t * N + n, other);
 #pragma unroll
                         for (int j = 0; j < kVector; ++j) {
-                            if (k > 0) before[j] = neuron.reset(h[k - 1][j]);
-                            const float above = __fsub_rn(before[j], v_reset);
+                            const float before = k > 0 ? neuron.reset(h[k > 0 ? k - 1 : 0][j]) : start[j];  // V[t-1]
+                            const float above = __fsub_rn(before, v_reset);
                             const float drive = kDecayInput ? __fsub_rn(kStatic ? same[j] : other[j], above) : -above;
                             sum_r_tau = __fadd_rn(sum_r_tau, __fmul_rn(grad[j], drive));
                         }
@@ -154,3 +168,5 @@ SPK_ENTRY(spk_lif_backward)(
             partial_r_tau[blockIdx.x] = __fadd_rn(__fadd_rn(warps[0], warps[1]), __fadd_rn(warps[2], warps[3]));
     }
 }
+
+#endif
