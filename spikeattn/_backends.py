@@ -5,6 +5,8 @@ from typing import Literal, NamedTuple
 
 import torch
 
+from spikeattn._cuda.status import status as cuda_status
+
 logger = logging.getLogger("spikeattn")
 
 Backend = Literal["auto", "torch", "numba", "cupy"]
@@ -39,7 +41,7 @@ def backend_status(device: torch.device | str) -> list[BackendStatus]:
     not_here = "this version has no {} kernels yet"
     fused: list[BackendStatus] = []
     if torch.device(device).type == "cuda":
-        fused.append(BackendStatus("cupy", False, not_here.format("CUDA")))
+        fused.append(BackendStatus("cupy", *cuda_status()))
     else:
         fused.append(BackendStatus("numba", False, not_here.format("fused CPU")))
     return [*fused, BackendStatus("torch", True, "plain PyTorch, any device")]

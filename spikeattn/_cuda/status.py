@@ -6,9 +6,14 @@ from importlib.util import find_spec
 import torch
 
 
-@cache
+@torch.compiler.assume_constant_result
 def status() -> tuple[bool, str]:
-    """Return ``(usable, reason)``; asked once a process."""
+    """Return ``(usable, reason)``; found out once a process."""
+    return _status()
+
+
+@cache
+def _status() -> tuple[bool, str]:
     major = (torch.version.cuda or "12").partition(".")[0]
     cure = f'(pip install "spikeattn[cuda{major}]")'
     if find_spec("cupy") is None:

@@ -154,6 +154,10 @@ def lif_forward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return ``(spikes, v, v_seq)``; ``v_seq`` is empty unless asked for."""
+    if backend == "cupy":
+        from spikeattn.ops.lif.cuda import lif_forward_cuda
+
+        return lif_forward_cuda(x, v0, r_tau, time_steps, tau, decay_input, v_threshold, v_reset, return_v_seq)
     fire = SURROGATES[surrogate](alpha)
     spikes, v, v_seq = lif_reference(
         x, v0, r_tau, time_steps, tau, decay_input, v_threshold, v_reset, detach_reset, fire, return_v_seq
@@ -191,6 +195,12 @@ def lif_backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return ``(grad_x, grad_v0, grad_r_tau)``."""
+    if backend == "cupy":
+        from spikeattn.ops.lif.cuda import lif_backward_cuda
+
+        tensors = (grad_spikes, grad_v, grad_v_seq, x, v0, r_tau)
+        neuron = (time_steps, tau, decay_input, v_threshold, v_reset, detach_reset)
+        return lif_backward_cuda(*tensors, *neuron, surrogate, alpha)
     settings = (time_steps, tau, decay_input, v_threshold, v_reset, detach_reset, SURROGATES[surrogate](alpha))
     return lif_backward_reference(grad_spikes, grad_v, grad_v_seq, x, v0, r_tau, *settings)
 
