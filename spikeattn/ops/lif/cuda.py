@@ -22,10 +22,11 @@ BLOCK = 128
 MAX_BLOCKS = 2**16  # far more than any device runs at once; the rest strides
 BUSY_THREADS = 2**15  # below this a narrower load that keeps more threads busy is preferred
 
-# Steps of a segment, and how many neurons a thread can then own: kSteps * kVector values of H stay in registers, at
-# most 64 so that four blocks fit a multiprocessor; 128 steps are the last that do not spill (tests/kernels).
+# Steps of a segment, and how many neurons a thread can then own: kSteps * kVector values of H stay in registers. Past
+# these the compiler spills (tests/kernels/registers.json has the count), with 16-bit storage already at 128 steps.
 SEGMENTS = {4: 8, 8: 8, 16: 4, 32: 2, 64: 1, 128: 1}
-CHECKPOINT_STEPS = 32  # of a segment when T is longer than all of these
+LONGEST_SEGMENT = {"f32": 128, "f16": 64, "bf16": 64}
+CHECKPOINT_STEPS = 32  # of a segment when T is longer than any of these
 
 
 def plan_lif_forward(T: int, N: int, storage: str, aligned: bool = True, packed: bool = False) -> LaunchPlan:
@@ -37,7 +38,8 @@ def plan_lif_forward(T: int, N: int, storage: str, aligned: bool = True, packed:
 
 def plan_lif_backward(T: int, N: int, storage: str, aligned: bool = True) -> LaunchPlan:
     """Plan of ``spk_lif_backward``: the shortest segment that holds all T, else checkpoints."""
-    steps = next((steps for steps in SEGMENTS if steps >= T), CHECKPOINT_STEPS)
+    longest = LONGEST_SEGMENT[storage]
+    steps = next((steps for steps in SEGMENTS if T <= steps <= longest), CHECKPOINT_STEPS)
     vector = _vector(N, min(SEGMENTS[steps], 16 // ELEMENT_BYTES[storage]), aligned)
     constants = (("kVector", vector), ("kSteps", steps), ("kPacked", 0))
     return LaunchPlan(f"spk_lif_backward_{storage}", _grid(N, vector), (BLOCK, 1, 1), 4 * BLOCK // 32, constants)

@@ -22,7 +22,7 @@ MAX_BLOCKS = 2**16
 MAX_PARTIALS = 2048  # rows of partial sums for weight and bias: enough for every multiprocessor, little to sum
 
 FORWARD_ELEMENTS = {32: 16, 128: 32}  # most elements of a row that a thread holds, by threads a row
-BACKWARD_ELEMENTS = {32: 2, 128: 4, 256: 8, 512: 8}
+BACKWARD_ELEMENTS = {32: 2, 128: 4, 256: 4, 512: 8}  # the same on the way back, where more are kept
 
 
 def fits(D: int) -> bool:
