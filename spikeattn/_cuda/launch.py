@@ -56,6 +56,14 @@ def typed(args: Sequence[Argument]) -> list[np.generic]:
     return values
 
 
+class _CurrentStream:
+    """PyTorch's current stream in the form that CuPy takes; older versions of PyTorch have no such method."""
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        """Version of the protocol, and the stream."""
+        return 0, torch.cuda.current_stream().cuda_stream
+
+
 def launch(plan: LaunchPlan, program: Program, args: Sequence[Argument], device: torch.device) -> None:
     """Enqueue ``plan`` of ``program`` behind what PyTorch has enqueued on its current stream of ``device``."""
     import cupy
@@ -65,6 +73,6 @@ def launch(plan: LaunchPlan, program: Program, args: Sequence[Argument], device:
     with torch.cuda.device(device):
         index = torch.cuda.current_device()
         kernel = get_kernel(program, plan.kernel, index)
-        with cupy.cuda.ExternalStream(torch.cuda.current_stream().cuda_stream, index):
+        with cupy.cuda.Stream.from_external(_CurrentStream()):
             kernel(plan.grid, plan.block, tuple(typed(args)), shared_mem=plan.shared_bytes)
     launches[plan.kernel] += 1
