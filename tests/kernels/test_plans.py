@@ -5,7 +5,7 @@ import torch
 
 from spikeattn._cuda.launch import LaunchPlan, check_limits, typed
 from spikeattn.ops.lif.cuda import SEGMENTS, plan_lif_backward, plan_lif_forward
-from spikeattn.ops.norm_lif.cuda import MAX_WIDTH, backward_tile, plan_norm_lif_backward, plan_norm_lif_forward
+from spikeattn.ops.norm_lif.cuda import MAX_WIDTH, backward_tile, fits, plan_norm_lif_backward, plan_norm_lif_forward
 
 HUGE = 2**31 + 5
 
@@ -48,6 +48,8 @@ def test_short_trajectories_stay_in_registers_and_long_ones_go_by_segments():
 @pytest.mark.parametrize("D", [1, 31, 64, 65, 256, 257, 512, 1000, 2048, MAX_WIDTH])
 @pytest.mark.parametrize("R", [1, 127, 528, HUGE])
 def test_plans_of_norm_lif_hold_a_row_within_the_limits(R, D):
+    assert fits(D)
+    assert not fits(MAX_WIDTH + 1)
     for T in (1, 32, 1000):
         forward, backward = plan_norm_lif_forward(T, R, D, "bf16"), plan_norm_lif_backward(T, R, D, "bf16")
         for plan in (forward, backward):

@@ -37,7 +37,7 @@ def layer_norm_statistics(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     mean = ordered_sum(x) / D
     centred = x - mean
     variance = ordered_sum(centred * centred) / D
-    # A float32 root of PyTorch on a CPU can be off by one unit; one in double, rounded, is what every kernel has.
+    # PyTorch's float32 square root is off by one unit for some numbers on some CPUs; by way of float64 it is exact.
     return mean, 1 / (variance + eps).double().sqrt().to(x.dtype)
 
 
