@@ -182,6 +182,13 @@ struct Neuron {
         return __fadd_rn(__fmul_rn(grad_s, sg), __fmul_rn(carry, fires(h) ? 0.0f : 1.0f));
     }
 
+    // dL/d(1 / tau) of dL/dH[t], V[t-1] and X[t].
+    __device__ float grad_leak(float grad_h, float v, float x) const
+    {
+        const float above = __fsub_rn(v, v_reset);
+        return __fmul_rn(grad_h, kDecayInput ? __fsub_rn(x, above) : -above);
+    }
+
     // Turns carry = dL/dV[t] into dL/dV[t-1] and returns dL/dX[t].
     __device__ float step_back(float grad_h, float& carry) const
     {

@@ -68,6 +68,21 @@ SPK_ENTRY(spk_lif_forward)(
 #endif
 #ifdef SPK_BACKWARD
 
+// Brings V over kSteps steps of x, or of the same current if kStatic.
+__device__ inline void scan(const Neuron& neuron, const storage* x, const float* same, long long N, float* v)
+{
+    for (int k0 = 0; k0 < kSteps; k0 += kBatch) {
+        float x_t[kBatch][kVector];
+#pragma unroll
+        for (int k = 0; k < kBatch; ++k)
+            if (!kStatic) load(x + (k0 + k) * N, x_t[k]);
+#pragma unroll
+        for (int k = 0; k < kBatch; ++k)
+#pragma unroll
+            for (int j = 0; j < kVector; ++j) v[j] = neuron.reset(neuron.charge(kStatic ? same[j] : x_t[k][j], v[j]));
+    }
+}
+
 // Reads x once more to compute H: kSteps steps at a time, which stay in registers on the way back. If T is larger,
 // a first pass writes V at the start of every segment but the first to checkpoints [(T - 1) / kSteps, N].
 // Writes grad_x (of x's shape: static steps are summed from the last to the first), grad_v0 and, if kTensorTau, one
@@ -88,16 +103,7 @@ SPK_ENTRY(spk_lif_backward)(
         load_v0(v0, n, v);
         if (kStatic) load(x + n, same);
         for (long long segment = 0; segment < last_segment; ++segment) {
-            for (int k0 = 0; k0 < kSteps; k0 += kBatch) {
-                float x_t[kBatch][kVector];
-#pragma unroll
-                for (int k = 0; k < kBatch; ++k)
-                    if (!kStatic) load(x + (segment * kSteps + k0 + k) * N + n, x_t[k]);
-#pragma unroll
-                for (int k = 0; k < kBatch; ++k)
-#pragma unroll
-                    for (int j = 0; j < kVector; ++j) v[j] = neuron.reset(neuron.charge(kStatic ? same[j] : x_t[k][j], v[j]));
-            }
+            scan(neuron, x + (kStatic ? 0 : segment * kSteps * N) + n, same, N, v);
             store(checkpoints + segment * N + n, v);
         }
         load(grad_v + n, carry);
@@ -142,9 +148,8 @@ SPK_ENTRY(spk_lif_backward)(
 #pragma unroll
                         for (int j = 0; j < kVector; ++j) {
                             const float before = k > 0 ? neuron.reset(h[k > 0 ? k - 1 : 0][j]) : start[j];  // V[t-1]
-                            const float above = __fsub_rn(before, v_reset);
-                            const float drive = kDecayInput ? __fsub_rn(kStatic ? same[j] : other[j], above) : -above;
-                            sum_r_tau = __fadd_rn(sum_r_tau, __fmul_rn(grad[j], drive));
+                            const float x_t = kStatic ? same[j] : other[j];
+                            sum_r_tau = __fadd_rn(sum_r_tau, neuron.grad_leak(grad[j], before, x_t));
                         }
                     }
 #pragma unroll
