@@ -17,6 +17,7 @@ from spikeattn.nn import (
 from spikeattn.ops.lif import LIFOutput, lif
 from spikeattn.ops.surrogate import (
     ATan,
+    CustomSurrogate,
     Erf,
     PiecewiseExp,
     PiecewiseQuadratic,
@@ -36,6 +37,7 @@ __all__ = [
     "ATan",
     "BackendStatus",
     "BackendUnavailableError",
+    "CustomSurrogate",
     "Erf",
     "LIFOutput",
     "ParametricLIF",
