@@ -15,6 +15,7 @@ from spikeattn.nn import (
     firing_rates,
 )
 from spikeattn.ops.lif import LIFOutput, lif
+from spikeattn.ops.norm_lif import norm_lif
 from spikeattn.ops.surrogate import (
     ATan,
     CustomSurrogate,
@@ -57,5 +58,6 @@ __all__ = [
     "backend_status",
     "firing_rates",
     "lif",
+    "norm_lif",
     "spike",
 ]

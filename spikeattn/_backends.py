@@ -91,7 +91,7 @@ def resolve_backend(
             return name
         if usable and backend == "auto":
             why = "; ".join([f"{other}: {cause}" for other, cause in refused.items()]) or reason
-            missing = not all([status.usable for status in statuses])  # a fused kernel is expected on every device
+            missing = not all(status.usable for status in statuses)  # a fused kernel is expected on every device
             message = f'{op}: backend "auto" takes "{name}" on {device.type} ({why})'
             say_once(message, logging.WARNING if missing else logging.INFO)
             return name

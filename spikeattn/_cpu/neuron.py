@@ -4,13 +4,15 @@ Flags are constants of the calling kernel, so only one branch of each ``if`` is 
 """
 
 import math
+from collections.abc import Callable
 from functools import lru_cache
+from typing import Any
 
 import numba
 import numpy as np
+from torch import Tensor
 
 from spikeattn._cpu.compiler import inline
-from spikeattn.ops.surrogate import CustomSurrogate, Surrogate
 
 F = np.float32
 KINDS = (
@@ -65,13 +67,14 @@ def step_row(current, v, out, tau, v_threshold, v_rest, decay_input, divides, ha
 @inline
 def grad_row(grad_s, sg, h, carry, out, tau, v_threshold, v_rest, decay_input, divides, hard_reset, detach_reset):
     """One time step back: dL/dX[t] to ``out``, dL/dV[t-1] to ``carry``, dL/dH[t] in place of the slope ``sg``."""
+    # Two loops: LLVM proves at most eight pairs of rows disjoint, and vectorises nothing beyond that.
     for i in range(h.size):
         s = fire(h[i], v_threshold)
-        grad_h = grad_of_h(grad_s[i], sg[i], carry[i], h[i], s, v_threshold, v_rest, hard_reset, detach_reset)
-        through = grad_h / tau if divides else grad_h * tau
-        out[i] = through if decay_input else grad_h
-        carry[i] = grad_h - through
-        sg[i] = grad_h
+        sg[i] = grad_of_h(grad_s[i], sg[i], carry[i], h[i], s, v_threshold, v_rest, hard_reset, detach_reset)
+    for i in range(h.size):
+        through = sg[i] / tau if divides else sg[i] * tau
+        out[i] = through if decay_input else sg[i]
+        carry[i] = sg[i] - through
 
 
 @inline
@@ -95,9 +98,13 @@ def exp(x):
     return p * low * high
 
 
-def surrogate_constants(surrogate: Surrogate) -> tuple[int, np.float32, np.float32]:
+def neuron_scalars(tau: float, r_tau: Tensor | None, v_threshold: float, v_reset: float | None) -> tuple[Any, ...]:
+    """What kernels take for ``(tau, v_threshold, v_rest)``: float32, as PyTorch takes a Python number."""
+    return F(tau if r_tau is None else r_tau.item()), F(v_threshold), F(0.0 if v_reset is None else v_reset)
+
+
+def surrogate_constants(name: str, a: float) -> tuple[int, np.float32, np.float32]:
     """Which formula of `derivative_row`, and its two constants: computed in double and rounded, as PyTorch does."""
-    a = surrogate.alpha
     constants = {
         "sigmoid": (a, 0.0),
         "atan": (math.pi / 2 * a, a / 2),
@@ -108,10 +115,10 @@ def surrogate_constants(surrogate: Surrogate) -> tuple[int, np.float32, np.float
         "erf": (a, a / math.sqrt(math.pi)),
         "rect": (a, 0.5 / a),
     }
-    if surrogate.name not in constants:
+    if name not in constants:
         return -1, F(0.0), F(0.0)
-    first, second = constants[surrogate.name]
-    return KINDS.index(surrogate.name), F(first), F(second)
+    first, second = constants[name]
+    return KINDS.index(name), F(first), F(second)
 
 
 @numba.njit(nogil=True, error_model="numpy")
@@ -151,9 +158,9 @@ def derivative_row(kind, h, v_threshold, a, b, sg):
 
 
 @lru_cache(maxsize=64)
-def custom_derivative_row(surrogate: CustomSurrogate):
+def custom_derivative_row(function: Callable[[float], float]) -> Any:
     """`derivative_row` of a user's function of one float32."""
-    slope = numba.njit(nogil=True, error_model="numpy")(surrogate.numba)
+    slope = numba.njit(nogil=True, error_model="numpy")(function)
 
     @numba.njit(nogil=True, error_model="numpy")
     def custom_row(kind, h, v_threshold, a, b, sg):

@@ -9,6 +9,8 @@ from numba import types
 from numba.extending import overload
 from torch import Tensor
 
+from spikeattn._cpu.compiler import inline
+
 U = np.uint32
 
 
@@ -28,6 +30,21 @@ def as_rows(x: Tensor) -> tuple[np.ndarray, int]:
         stride = x.stride(0) if x.shape[0] > 1 else 0
         return as_array(x.as_strided(((x.shape[0] - 1) * stride + N,), (1,))), stride
     return as_array(x.contiguous()), N if x.shape[0] > 1 else 0
+
+
+def as_values(x: Tensor) -> np.ndarray:
+    """``x`` in float32 as one axis of memory; a single number where it is one number expanded. For `fill_row`."""
+    x = x.detach().float()
+    return as_array(x.contiguous() if any(x.stride()) or not x.numel() else x.as_strided((1,), (1,)))
+
+
+@inline
+def fill_row(row, values, first):
+    """Copy ``values`` from ``first`` on into ``row``."""
+    if values.size == 1:
+        row[:] = values[0]
+    else:
+        row[:] = values[first : first + row.size]
 
 
 def load_row(row, buffer):
@@ -89,7 +106,7 @@ def _load_float16(row, buffer):
         exponent, fraction = b & U(0x7C00), b & U(0x3FF)
         normal = ((b & U(0x7FFF)) << U(13)) + U(0x38000000)  # 112 = 127 - 15 added to the exponent
         special = (fraction << U(13)) | U(0x7F800000)
-        tiny = (np.float32(fraction) * np.float32(2.0**-24)).view(U)
+        tiny = np.float32(np.float32(fraction) * np.float32(2.0**-24)).view(U)
         magnitude = tiny if exponent == U(0) else (special if exponent == U(0x7C00) else normal)
         bits[i] = ((b & U(0x8000)) << U(16)) | magnitude
     return buffer
@@ -101,7 +118,7 @@ def _store_float16(row, buffer):
         b = bits[i]
         size = b & U(0x7FFFFFFF)
         # Below the normal numbers, adding 0.5 leaves the rounded fraction in the lowest bits.
-        tiny = (size.view(np.float32) + np.float32(0.5)).view(U) - U(0x3F000000)
+        tiny = np.float32(np.uint32(size).view(np.float32) + np.float32(0.5)).view(U) - U(0x3F000000)
         normal = (size - U(0x38000000) + U(0xFFF) + ((size >> U(13)) & U(1))) >> U(13)
         special = U(0x7E00) if size > U(0x7F800000) else U(0x7C00)
         magnitude = tiny if size < U(0x38800000) else (special if size >= U(0x47800000) else normal)

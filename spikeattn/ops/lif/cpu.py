@@ -1,6 +1,6 @@
 """The fused CPU kernels of `lif`: blocks of neurons, t inside, so that the membrane stays in the L1 cache."""
 
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 import numpy as np
@@ -8,10 +8,19 @@ import torch
 from torch import Tensor
 
 from spikeattn._cpu.compiler import SOURCES, kernel, with_derivative
+from spikeattn._cpu.memory import empty
 from spikeattn._cpu.neuron import (
-    F, custom_derivative_row, derivative_row, fire, grad_row, reset, step_row, surrogate_constants,
+    F,
+    custom_derivative_row,
+    derivative_row,
+    fire,
+    grad_row,
+    neuron_scalars,
+    reset,
+    step_row,
+    surrogate_constants,
 )  # fmt: skip
-from spikeattn._cpu.storage import as_array, as_rows, load_row, store_row, target_row
+from spikeattn._cpu.storage import as_array, as_rows, as_values, fill_row, load_row, store_row, target_row
 from spikeattn._cpu.threads import spread
 from spikeattn.ops.surrogate import CustomSurrogate, Surrogate
 
@@ -26,7 +35,7 @@ def backward_width(time_steps: int) -> int:
     return max(64, min(1024, _TRAJECTORY // (1 << (min(time_steps, _SEGMENT) - 1).bit_length())))
 
 
-@lru_cache(maxsize=None)
+@cache
 def forward_kernel(decay_input: bool, divides: bool, hard_reset: bool) -> Any:
     """The forward for one kind of neuron."""
     plan = (decay_input, divides, hard_reset, SOURCES)
@@ -34,13 +43,13 @@ def forward_kernel(decay_input: bool, divides: bool, hard_reset: bool) -> Any:
     @kernel
     def lif_forward(first, last, x, x_stride, v0, spikes, v_last, v_seq, time_steps, width, tau, v_threshold, v_rest):
         decay_input, divides, hard_reset, _ = plan
-        N = v0.size
+        N = v_last.size
         buffers = np.empty((2, width), np.float32)
         for block in range(first, last):
             lo, hi = block * width, min(N, (block + 1) * width)
             n = hi - lo
             v = v_last[lo:hi]
-            v[:] = v0[lo:hi]
+            fill_row(v, v0, lo)
             for t in range(time_steps):
                 current = load_row(x[t * x_stride + lo : t * x_stride + hi], buffers[0, :n])
                 row = spikes[t * N + lo : t * N + hi]
@@ -53,7 +62,7 @@ def forward_kernel(decay_input: bool, divides: bool, hard_reset: bool) -> Any:
     return lif_forward
 
 
-@lru_cache(maxsize=None)
+@cache
 def backward_kernel(decay_input: bool, divides: bool, hard_reset: bool, detach_reset: bool) -> Any:
     """The backward for one kind of neuron; what it does with a long T stands in ``README.md``."""
     plan = (decay_input, divides, hard_reset, detach_reset, SOURCES)
@@ -64,7 +73,7 @@ def backward_kernel(decay_input: bool, divides: bool, hard_reset: bool, detach_r
         time_steps, segment, width, tau, v_threshold, v_rest, kind, a, b,
     ):  # fmt: skip
         decay_input, divides, hard_reset, detach_reset, _ = plan
-        N = v0.size
+        N = grad_v0.size
         static = x_stride == 0 and grad_x.size == N
         segments = (time_steps + segment - 1) // segment
         starts = np.empty((segments, width), np.float32)  # V before each segment
@@ -75,23 +84,24 @@ def backward_kernel(decay_input: bool, divides: bool, hard_reset: bool, detach_r
             n = hi - lo
             v, sg, total, terms = buffers[0, :n], buffers[1, :n], buffers[2, :n], buffers[3, :n]
             carry = grad_v0[lo:hi]
-            carry[:] = grad_v[lo:hi]
+            fill_row(carry, grad_v, lo)
             total[:] = F(0.0)
             terms[:] = F(0.0)
-            v[:] = v0[lo:hi]
-            for t in range((segments - 1) * segment):
-                if t % segment == 0:
-                    starts[t // segment, :n] = v
-                current = load_row(x[t * x_stride + lo : t * x_stride + hi], buffers[4, :n])
-                step_row(current, v, sg, tau, v_threshold, v_rest, decay_input, divides, hard_reset, False)
-            starts[segments - 1, :n] = v
-            for part in range(segments - 1, -1, -1):
+            fill_row(v, v0, lo)
+            # First over all segments but the last, for their starts; then each of them again, from the last.
+            for visit in range(2 * segments - 1):
+                part = visit if visit < segments else 2 * segments - 2 - visit
                 begin, end = part * segment, min(time_steps, (part + 1) * segment)
-                v[:] = starts[part, :n]
+                if visit < segments:
+                    starts[part, :n] = v
+                else:
+                    v[:] = starts[part, :n]
                 for t in range(begin, end):
                     current = load_row(x[t * x_stride + lo : t * x_stride + hi], buffers[4, :n])
                     h = h_seq[t - begin, :n]
                     step_row(current, v, h, tau, v_threshold, v_rest, decay_input, divides, hard_reset, False)
+                if visit < segments - 1:
+                    continue
                 for t in range(end - 1, begin - 1, -1):
                     h = h_seq[t - begin, :n]
                     derivative_row(kind, h, v_threshold, a, b, sg)
@@ -140,12 +150,7 @@ def backward_kernel(decay_input: bool, divides: bool, hard_reset: bool, detach_r
 @lru_cache(maxsize=64)
 def custom_backward_kernel(plan: tuple[bool, bool, bool, bool], surrogate: CustomSurrogate) -> Any:
     """The backward for one kind of neuron with a user's surrogate."""
-    return with_derivative(backward_kernel(*plan), custom_derivative_row(surrogate))
-
-
-def neuron_scalars(tau: float, r_tau: Tensor | None, v_threshold: float, v_reset: float | None) -> tuple[Any, ...]:
-    """What kernels take for ``(tau, v_threshold, v_rest)``: float32, as PyTorch takes a Python number."""
-    return F(tau if r_tau is None else r_tau.item()), F(v_threshold), F(0.0 if v_reset is None else v_reset)
+    return with_derivative(backward_kernel(*plan), custom_derivative_row(surrogate.numba))
 
 
 def lif_forward_cpu(
@@ -161,12 +166,12 @@ def lif_forward_cpu(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`lif_reference` in one pass over memory, the same bits."""
     shape = (time_steps, *x.shape[1:])
-    spikes = torch.empty(shape, dtype=x.dtype)
-    v = torch.empty(shape[1:], dtype=torch.float32)
-    v_seq = torch.empty(shape if return_v_seq else (0,), dtype=torch.float32)
+    spikes = empty(shape, x.dtype)
+    v = empty(shape[1:], torch.float32)
+    v_seq = empty(shape if return_v_seq else (0,), torch.float32)
     run = forward_kernel(decay_input, r_tau is None, v_reset is not None)
     arguments = (
-        *as_rows(x), as_array(v0.float().contiguous()), as_array(spikes), as_array(v), as_array(v_seq),
+        *as_rows(x), as_values(v0), as_array(spikes), as_array(v), as_array(v_seq),
         time_steps, _FORWARD_BLOCK, *neuron_scalars(tau, r_tau, v_threshold, v_reset),
     )  # fmt: skip
     spread(lambda first, last: run(first, last, *arguments), -(-v.numel() // _FORWARD_BLOCK), spikes.numel())
@@ -189,8 +194,8 @@ def lif_backward_cpu(
     surrogate: Surrogate,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`lif_backward_reference` in one pass over memory; which bits are the same: ``docs/numerics.md``."""
-    grad_x = torch.empty(x.shape, dtype=x.dtype)
-    grad_v0 = torch.empty(v0.shape, dtype=torch.float32)
+    grad_x = empty(x.shape, x.dtype)
+    grad_v0 = empty(v0.shape, torch.float32)
     width = backward_width(time_steps)
     blocks = -(-v0.numel() // width)
     parts = np.zeros(blocks)  # of the gradient of r_tau, one a block: their sum does not depend on the threads
@@ -199,10 +204,10 @@ def lif_backward_cpu(
     run = custom_backward_kernel(plan, surrogate) if custom else backward_kernel(*plan)
     grad_v_seq = torch.empty(0) if grad_v_seq is None else grad_v_seq
     arguments = (
-        *as_rows(grad_spikes), as_array(grad_v.float().contiguous()), as_array(grad_v_seq.contiguous()),
-        *as_rows(x), as_array(v0.float().contiguous()), as_array(grad_x), as_array(grad_v0), parts,
+        *as_rows(grad_spikes), as_values(grad_v), as_array(grad_v_seq.contiguous()),
+        *as_rows(x), as_values(v0), as_array(grad_x), as_array(grad_v0), parts,
         time_steps, min(time_steps, _SEGMENT), width, *neuron_scalars(tau, r_tau, v_threshold, v_reset),
-        *surrogate_constants(surrogate),
+        *surrogate_constants(surrogate.name, surrogate.alpha),
     )  # fmt: skip
     spread(lambda first, last: run(first, last, *arguments), blocks, time_steps * v0.numel())
     return grad_x, grad_v0, torch.tensor(parts.sum(), dtype=torch.float32)

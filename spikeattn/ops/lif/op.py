@@ -117,7 +117,7 @@ def integrate(
     _checks.check_potentials("lif", v_threshold, v_reset)
     if v0 is None:
         v_rest = 0.0 if v_reset is None else v_reset
-        v0 = torch.full(x.shape[1:], v_rest, dtype=state_dtype(x), device=x.device)
+        v0 = torch.full((), v_rest, dtype=state_dtype(x), device=x.device).expand(x.shape[1:])  # takes no memory
     _checks.check_initial_potential("lif", v0, x)
     surrogate = as_surrogate(surrogate)
     chosen = resolve_backend(backend, x.device, "lif", lambda name: kernels_take(name, x.dtype, surrogate))
