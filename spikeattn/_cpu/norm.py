@@ -8,33 +8,30 @@ import numpy as np
 from spikeattn._cpu.compiler import inline
 
 F = np.float32
-PARTIAL_SUMS = 128  # of the definition; the tree of `ordered_sum` is written out for it
-
-
-@inline
-def _halve(partial, width):
-    for j in range(width):
-        partial[j] = partial[j] + partial[j + width]
+PARTIAL_SUMS = 128  # of the definition; `ordered_sum` is written out for it
 
 
 @numba.njit(nogil=True, error_model="numpy")
 def ordered_sum(row, partial):
     """`ordered_sum` of the definition; ``partial`` is room for its partial sums."""
-    D = row.size
-    partial[:] = F(0.0)
-    for start in range(0, D - PARTIAL_SUMS + 1, PARTIAL_SUMS):
+    D, p = row.size, partial
+    p[:] = F(0.0)
+    for k in range(D // PARTIAL_SUMS):
+        part = row[k * PARTIAL_SUMS : (k + 1) * PARTIAL_SUMS]  # a slice: an index with a sum in it does not vectorise
         for j in range(PARTIAL_SUMS):
-            partial[j] = partial[j] + row[start + j]
-    for i in range(D - D % PARTIAL_SUMS, D):
-        partial[i % PARTIAL_SUMS] += row[i]
-    _halve(partial, 64)  # constant widths: each becomes a few vector additions
-    _halve(partial, 32)
-    _halve(partial, 16)
-    _halve(partial, 8)
-    _halve(partial, 4)
-    _halve(partial, 2)
-    _halve(partial, 1)
-    return partial[0]
+            p[j] = p[j] + part[j]
+    rest = row[D - D % PARTIAL_SUMS :]
+    for j in range(rest.size):
+        p[j] = p[j] + rest[j]
+    # The halvings to 64, 32 and 16 sums in one loop, and those to one in registers: one by one, each would wait for
+    # the memory that the one before has just written.
+    for j in range(16):
+        even = (p[j] + p[j + 64]) + (p[j + 32] + p[j + 96])
+        odd = (p[j + 16] + p[j + 80]) + (p[j + 48] + p[j + 112])
+        p[j] = even + odd
+    even = ((p[0] + p[8]) + (p[4] + p[12])) + ((p[2] + p[10]) + (p[6] + p[14]))
+    odd = ((p[1] + p[9]) + (p[5] + p[13])) + ((p[3] + p[11]) + (p[7] + p[15]))
+    return even + odd
 
 
 @inline
