@@ -58,9 +58,8 @@ def test_kernels_have_the_bits_of_the_definition(dynamics, learned):
                 assert torch.equal(got, want)
             else:  # exp: a slope differs by at most 4 ulp of its peak, at each of T steps
                 assert (got - want).abs().max() <= 4 * 2**-23 * T * want.abs().max()
-        if learned:  # a sum of T * N terms in another order
-            double = results(x.double(), v0.double(), "torch", **options)[1][2]
-            torch.testing.assert_close(grads[2].double(), double, rtol=1e-4, atol=1e-3)
+        if learned:  # a sum of T * N terms of the order of 1, in another order
+            torch.testing.assert_close(grads[2], wanted_grads[2], rtol=1e-4, atol=1e-2)
 
 
 @pytest.mark.parametrize("T", [1, 2, 3, 4, 8, 16, 33, 64])
@@ -254,20 +253,30 @@ def test_calls_from_several_threads_at_once_are_right(many_threads):
 
 
 class Fired(torch.utils.data.Dataset):
-    """Runs neurons in the worker that loads."""
+    """Runs neurons, forward and backward, in the worker that loads, on several threads."""
+
+    def __init__(self):
+        self.x, self.v0 = [torch.randn(8, 20_000) * 3 for _ in range(4)], torch.randn(20_000)
 
     def __len__(self):
-        return 4
+        return len(self.x)
 
     def __getitem__(self, i):
         torch.set_num_threads(4)  # a worker has one by itself
-        return [result.detach() for result in heavy(i)]
+        settings = (8, 2.0, True, 1.0, 0.0, False)
+        spikes, v, _ = lif(self.x[i], self.v0, backend="numba")
+        grads = torch.ops.spikeattn.lif_backward(
+            spikes, v, None, self.x[i], self.v0, None, *settings, "atan", 2.0, "numba"
+        )
+        torch.set_num_threads(1)  # PyTorch's own threads (OpenMP) do not outlive a fork
+        return [spikes, v, *grads]
 
 
 def test_forked_loader_workers_are_right(many_threads):
-    wanted = [heavy(i) for i in range(4)]  # the pool of this process is running when it forks
+    dataset = Fired()
+    wanted = [dataset[i] for i in range(4)]  # the pool of this process is running when it forks
     loader = torch.utils.data.DataLoader(
-        Fired(), batch_size=None, num_workers=2, multiprocessing_context="fork", timeout=60
+        dataset, batch_size=None, num_workers=2, multiprocessing_context="fork", timeout=60
     )
     for got, want in zip(loader, wanted, strict=True):
         assert all(map(torch.equal, got, want))

@@ -49,8 +49,8 @@ def assert_no_worse_than_torch(ours, plain, exact):
 
 
 def test_two_steps_by_hand():
-    # Rows (3, -1) and (-1, 3): mean 1, deviation 2. Currents (3, -1) and (-3, 5) with weight (3, 4), bias (0, 3).
-    # tau 2: H = (1.5, -0.5) fires, (0, .) | (0 - 3 / 2, -0.5 + (5... + 0.5) / 2): the second is (7 + 0.5) / 2 - 0.5.
+    # Rows (3, -1) and (-1, 3): mean 1, deviation 2. Normalised (1, -1) and (-1, 1); weight (3, 4) and bias (0, 3) make
+    # currents (3, -1) and (-3, 7). With tau 2: H = (1.5, -0.5), the first fires | H = (-1.5, 3.25), the second fires.
     x = torch.tensor([[3.0, -1.0], [-1.0, 3.0]])
     spikes, v, v_seq = norm_lif(x, torch.tensor([3.0, 4.0]), torch.tensor([0.0, 3.0]), eps=0.0)
     assert spikes.tolist() == [[1.0, 0.0], [0.0, 1.0]]
@@ -262,6 +262,7 @@ def test_surrogates_of_every_kind():
 
 def test_a_module_that_normalises_streams_records_and_fires_the_same():
     x, norm = currents(9, 4, 16), torch.nn.LayerNorm(16)
+    torch.nn.init.constant_(norm.weight, 4.0)
     whole = LIF(tau=5.0)(x, norm)
     streaming, recording = LIF(tau=5.0, stateful=True), LIF(tau=5.0, store_v_seq=True)
     assert torch.equal(torch.cat([streaming(x[:4], norm), streaming(x[4:], norm)]), whole)
