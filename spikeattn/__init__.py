@@ -15,8 +15,10 @@ from spikeattn.nn import (
     firing_rates,
 )
 from spikeattn.ops.lif import LIFOutput, lif
+from spikeattn.ops.norm_lif import norm_lif
 from spikeattn.ops.surrogate import (
     ATan,
+    CustomSurrogate,
     Erf,
     PiecewiseExp,
     PiecewiseQuadratic,
@@ -36,6 +38,7 @@ __all__ = [
     "ATan",
     "BackendStatus",
     "BackendUnavailableError",
+    "CustomSurrogate",
     "Erf",
     "LIFOutput",
     "ParametricLIF",
@@ -55,5 +58,6 @@ __all__ = [
     "backend_status",
     "firing_rates",
     "lif",
+    "norm_lif",
     "spike",
 ]

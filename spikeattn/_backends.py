@@ -1,9 +1,12 @@
 """Which backends exist, whether each is usable here, and if not why."""
 
 import logging
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import torch
+
+from spikeattn._cuda.status import status as cuda_status
 
 logger = logging.getLogger("spikeattn")
 
@@ -27,6 +30,16 @@ class BackendStatus(NamedTuple):
     reason: str
 
 
+@torch.compiler.assume_constant_result
+def why_no_numba() -> str:
+    """Why numba cannot be used, with the cure; empty if it can."""
+    try:
+        import numba  # noqa: F401
+    except (ImportError, OSError) as error:
+        return f'numba cannot be imported ({error}); pip install --force-reinstall "numba>=0.61" mends it'
+    return ""
+
+
 def backend_status(device: torch.device | str) -> list[BackendStatus]:
     """List the backends in the order in which ``"auto"`` prefers them on ``device``.
 
@@ -36,12 +49,13 @@ def backend_status(device: torch.device | str) -> list[BackendStatus]:
     Returns:
         One `BackendStatus` a backend, the fastest first.
     """
-    not_here = "this version has no {} kernels yet"
     fused: list[BackendStatus] = []
-    if torch.device(device).type == "cuda":
-        fused.append(BackendStatus("cupy", False, not_here.format("CUDA")))
-    else:
-        fused.append(BackendStatus("numba", False, not_here.format("fused CPU")))
+    kind = torch.device(device).type
+    if kind == "cuda":
+        fused.append(BackendStatus("cupy", *cuda_status()))
+    elif kind == "cpu":
+        broken = why_no_numba()
+        fused.append(BackendStatus("numba", not broken, broken or "fused CPU kernels"))
     return [*fused, BackendStatus("torch", True, "plain PyTorch, any device")]
 
 
@@ -55,24 +69,34 @@ def say_once(message: str, level: int = logging.INFO) -> None:
         logger.log(level, message)
 
 
-def resolve_backend(backend: Backend, device: torch.device, op: str) -> Backend:
-    """Turn ``backend`` into the name of the one that runs; an explicit name never falls back."""
+def resolve_backend(
+    backend: Backend, device: torch.device, op: str, takes: Callable[[Backend], tuple[bool, str]] | None = None
+) -> Backend:
+    """Turn ``backend`` into the name of the one that runs; an explicit name never falls back.
+
+    Args:
+        backend: What the caller asked for.
+        device: Where the tensors live.
+        op: For the messages.
+        takes: Whether the kernels of a backend take this call, and if not why.
+    """
     if backend not in BACKENDS:
         raise ValueError(f"{op}: backend must be one of {', '.join(BACKENDS)}, got {backend!r}.")
+    if backend == "torch":
+        return backend
     statuses = backend_status(device)
-    if backend == "auto":
-        chosen = next(status for status in statuses if status.usable)
-        refused = [f"{s.name}: {s.reason}" for s in statuses if not s.usable]
-        level = logging.WARNING if device.type == "cuda" else logging.INFO  # where a fused kernel is expected
-        why = "; ".join(refused) or chosen.reason
-        say_once(f'{op}: backend "auto" takes "{chosen.name}" on {device.type} ({why})', level)
-        return chosen.name
-    for status in statuses:
-        if status.name == backend:
-            if status.usable:
-                return backend
-            reason = status.reason
-            break
-    else:
-        reason = f"it does not run on {device.type} tensors"
+    refused: dict[str, str] = {}
+    for name, usable, reason in statuses:
+        if usable and name != "torch" and takes is not None:
+            usable, reason = takes(name)
+        if usable and backend == name:
+            return name
+        if usable and backend == "auto":
+            why = "; ".join([f"{other}: {cause}" for other, cause in refused.items()]) or reason
+            missing = not all(status.usable for status in statuses)  # a fused kernel is expected on every device
+            message = f'{op}: backend "auto" takes "{name}" on {device.type} ({why})'
+            say_once(message, logging.WARNING if missing else logging.INFO)
+            return name
+        refused[name] = reason
+    reason = refused.get(backend, f"it does not run on {device.type} tensors")
     raise BackendUnavailableError(f'{op}: backend "{backend}" is not usable: {reason}. Use backend="auto" or "torch".')

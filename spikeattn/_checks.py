@@ -82,6 +82,27 @@ def check_exact_products(op: str, L: int, E: int) -> None:
         )
 
 
+def check_norm(op: str, x: Tensor, weight: Tensor, bias: Tensor, padding_mask: Tensor | None) -> None:
+    """``x`` is [T, *N, D] with ``weight`` and ``bias`` [D] and a boolean ``padding_mask`` [*N]."""
+    if x.ndim < 2 or x.shape[-1] == 0:
+        raise ValueError(f"{op}: x must be [T, *N, D] with D >= 1, got shape {tuple(x.shape)}.")
+    D = x.shape[-1]
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor.shape != (D,):
+            raise ValueError(f"{op}: {name} must have shape (D,) = {(D,)}, got {tuple(tensor.shape)}.")
+    if padding_mask is not None:
+        if padding_mask.dtype != torch.bool:
+            raise TypeError(f"{op}: padding_mask must be bool with True at padding, got {padding_mask.dtype}.")
+        if padding_mask.shape != x.shape[1:-1]:
+            raise ValueError(
+                f"{op}: padding_mask must have shape x.shape[1:-1] = {tuple(x.shape[1:-1])}, "
+                f"got {tuple(padding_mask.shape)}."
+            )
+    for name, other in (("weight", weight), ("bias", bias), ("padding_mask", padding_mask)):
+        if other is not None and other.device != x.device:
+            raise ValueError(f"{op}: {name} must be on the device of x, {x.device}, got {other.device}.")
+
+
 def check_choice(op: str, name: str, value: str, choices: tuple[str, ...]) -> None:
     """``value`` is one of ``choices``."""
     if value not in choices:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import settings
+from tiers import required
 
 settings.register_profile("repeatable", deadline=None, derandomize=True, max_examples=40)
 settings.load_profile("repeatable")
@@ -43,7 +44,7 @@ def fixtures() -> Path:
 
 def pytest_collection_modifyitems(items):
     """Tests that need a GPU are skipped without one, unless SPIKEATTN_REQUIRE names it."""
-    if torch.cuda.is_available() or "cuda" in os.environ.get("SPIKEATTN_REQUIRE", "").split(","):
+    if torch.cuda.is_available() or required("cuda"):
         return
     for item in items:
         if "cuda" in item.keywords:

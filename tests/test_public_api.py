@@ -14,7 +14,16 @@ ROOT = Path(__file__).parent.parent
 MODULES = sorted([*(ROOT / "spikeattn").rglob("*.py"), *(ROOT / "spikemo_model").rglob("*.py")])
 
 # Each layer may import those after it, and itself.
-LAYERS = ["spikemo_model", "spikeattn", "spikeattn.nn", "spikeattn.ops", "spikeattn._checks", "spikeattn._backends"]
+LAYERS = [
+    "spikemo_model",
+    "spikeattn",
+    "spikeattn.nn",
+    "spikeattn.ops",
+    "spikeattn._cpu",
+    "spikeattn._checks",
+    "spikeattn._backends",
+    "spikeattn._cuda",
+]
 
 
 def layer(module: str) -> int:

@@ -11,6 +11,8 @@ from spikeattn import _checks
 from spikeattn._backends import Backend
 from spikeattn.ops.lif.op import LIFOutput, integrate
 from spikeattn.ops.lif.reference import state_dtype
+from spikeattn.ops.norm_lif import norm_lif
+from spikeattn.ops.norm_lif.reference import layer_norm_statistics, normalise
 from spikeattn.ops.surrogate import ATan, Sigmoid
 
 
@@ -163,6 +165,40 @@ class LIF(_Neuron):
         )
         self.tau = float(tau)
         self.decay_input = decay_input
+
+    def multi_step_forward(
+        self, x_seq: Tensor, norm: nn.LayerNorm | None = None, padding_mask: Tensor | None = None
+    ) -> Tensor:
+        """Fire over ``x_seq`` [T, *N]; from rest, unless the module is stateful.
+
+        With ``norm`` the neurons are given ``norm(x_seq)``, zero where ``padding_mask`` [*N without the last axis] is
+        True, in one pass: `ops.norm_lif`. The norm lends its parameters and is not called itself.
+        """
+        if norm is None:
+            return super().multi_step_forward(x_seq)
+        if self.store_v_seq:
+            x_seq = x_seq.to(state_dtype(x_seq))
+            statistics = layer_norm_statistics(x_seq, norm.eps)
+            return super().multi_step_forward(normalise(x_seq, *statistics, norm.weight, norm.bias, padding_mask))
+        v0 = self.materialize_states((x_seq,), tuple(self.memories()), "m")[0] if self.stateful else None
+        spikes, v, _ = norm_lif(
+            x_seq,
+            norm.weight,
+            norm.bias,
+            v0,
+            padding_mask=padding_mask,
+            eps=norm.eps,
+            tau=self.tau,
+            v_threshold=self.v_threshold,
+            v_reset=self.v_reset,
+            decay_input=self.decay_input,
+            detach_reset=self.detach_reset,
+            surrogate=self.surrogate_function,
+            backend=self.backend,
+        )
+        if self.stateful:
+            self.v = v
+        return spikes
 
     def _integrate(self, x_seq: Tensor, v0: Tensor | None, return_v_seq: bool = False) -> LIFOutput:
         return self._run(x_seq, v0, None, self.tau, self.decay_input, return_v_seq)

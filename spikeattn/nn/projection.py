@@ -99,11 +99,12 @@ class SpikingLinear(nn.Module):
         """Spikes [T, B, L, out_features] of ``x`` [T, B, L, in_features]; silent at padding."""
         if isinstance(self.norm, TokenBatchNorm):
             current = self.norm(self.linear(x), key_padding_mask)
-        else:
-            T = x.shape[0]
-            static = T > 1 and x.stride(0) == 0  # the same tensor at every step: project it once
-            current = self.norm(self.linear(x[:1] if static else x))
-            current = current.expand(T, *current.shape[1:]) if static else current
-        if key_padding_mask is not None:
-            current = current.masked_fill(key_padding_mask[None, :, :, None], 0.0)
-        return self.lif(current)
+            if key_padding_mask is not None:
+                current = current.masked_fill(key_padding_mask[None, :, :, None], 0.0)
+            return self.lif(current)
+        T = x.shape[0]
+        static = T > 1 and x.stride(0) == 0  # the same tensor at every step: project it once
+        projected = self.linear(x[:1] if static else x)
+        projected = projected.expand(T, *projected.shape[1:]) if static else projected
+        # Through the module's call, not around it, so that hooks and monitors of the neuron see its spikes.
+        return self.lif(projected, self.norm, key_padding_mask)

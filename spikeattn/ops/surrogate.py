@@ -193,6 +193,70 @@ SURROGATES: dict[str, type[Surrogate]] = {
 _BY_CLASS_NAME = {cls.__name__: cls for cls in SURROGATES.values()}
 
 
+@dataclass(frozen=True, init=False)
+class CustomSurrogate(Surrogate):
+    """A surrogate of your own, with a spelling for each kind of kernel that it should reach.
+
+    Without a spelling for the device's kernels a neuron runs on the plain definition, and says so once. Surrogates
+    with equal parts are equal. One that a neuron has used is kept until the process ends: make it once, not per call.
+
+    Args:
+        primitive: Smooth stand-in for the step, of a tensor.
+        derivative: Its derivative, of a tensor; this is the gradient of the step.
+        cuda: The derivative as a C expression of ``float x``, for CUDA kernels, e.g. ``"1.0f / (1.0f + x * x)"``.
+        numba: The derivative as a Python function of one number, which numba compiles into the CPU kernels. It is
+            given a float32; constants that are ``numpy.float32`` keep its arithmetic so.
+
+    Raises:
+        TypeError: A function is not callable, or ``cuda`` is no string.
+
+    Example:
+        >>> cauchy = CustomSurrogate(
+        ...     primitive=lambda x: torch.atan(x) / math.pi + 0.5,
+        ...     derivative=lambda x: 1 / (math.pi * (1 + x * x)),
+        ... )
+        >>> x = torch.tensor([-1.0, 0.0], requires_grad=True)
+        >>> cauchy(x).sum().backward()
+        >>> [round(g, 3) for g in x.grad.tolist()]
+        [0.159, 0.318]
+    """
+
+    primitive: Callable[[Tensor], Tensor]  # type: ignore[assignment]
+    derivative: Callable[[Tensor], Tensor]  # type: ignore[assignment]
+    cuda: str | None
+    numba: Callable[[float], float] | None
+    name: str  # type: ignore[misc]
+
+    def __init__(
+        self,
+        primitive: Callable[[Tensor], Tensor],
+        derivative: Callable[[Tensor], Tensor],
+        cuda: str | None = None,
+        numba: Callable[[float], float] | None = None,
+    ) -> None:
+        for part, function in (("primitive", primitive), ("derivative", derivative), ("numba", numba)):
+            if not callable(function) and not (part == "numba" and function is None):
+                raise TypeError(f"CustomSurrogate: {part} must be callable, got {type(function).__name__}.")
+        if not isinstance(cuda, str | None):
+            raise TypeError(f"CustomSurrogate: cuda must be a C expression, got {type(cuda).__name__}.")
+        parts = (primitive, derivative, cuda, numba)
+        name = _CUSTOM_NAMES.setdefault(parts, f"custom_{len(_CUSTOM_NAMES)}")
+        fields = ("primitive", "derivative", "cuda", "numba", "name", "alpha")
+        for field, value in zip(fields, (*parts, name, 1.0), strict=True):
+            object.__setattr__(self, field, value)  # frozen
+        _CUSTOM.setdefault(name, self)
+
+
+# Registered operations take no objects: they are given a surrogate's name, and find it here.
+_CUSTOM: dict[str, CustomSurrogate] = {}
+_CUSTOM_NAMES: dict[tuple[object, ...], str] = {}
+
+
+def surrogate_of(name: str, alpha: float) -> Surrogate:
+    """The surrogate that a registered operation was given by name."""
+    return _CUSTOM[name] if name in _CUSTOM else SURROGATES[name](alpha)
+
+
 class _Spike(torch.autograd.Function):
     """The step forward, ``surrogate.derivative`` backward."""
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from spikeattn import _checks
 from spikeattn._backends import Backend, resolve_backend, say_once
 from spikeattn.ops.lif.reference import is_static, lif_backward_reference, lif_reference, state_dtype
-from spikeattn.ops.surrogate import SURROGATES, Sigmoid, Surrogate, as_surrogate
+from spikeattn.ops.surrogate import CustomSurrogate, Sigmoid, Surrogate, as_surrogate, surrogate_of
 
 
 class LIFOutput(NamedTuple):
@@ -117,10 +117,10 @@ def integrate(
     _checks.check_potentials("lif", v_threshold, v_reset)
     if v0 is None:
         v_rest = 0.0 if v_reset is None else v_reset
-        v0 = torch.full(x.shape[1:], v_rest, dtype=state_dtype(x), device=x.device)
+        v0 = torch.full((), v_rest, dtype=state_dtype(x), device=x.device).expand(x.shape[1:])  # takes no memory
     _checks.check_initial_potential("lif", v0, x)
-    chosen = resolve_backend(backend, x.device, "lif")
     surrogate = as_surrogate(surrogate)
+    chosen = resolve_backend(backend, x.device, "lif", lambda name: kernels_take(name, x.dtype, surrogate))
     T = x.shape[0]
     if is_static(x) and not (x.is_leaf and x.requires_grad):  # a leaf's gradient belongs to every step
         x = x[:1]
@@ -135,6 +135,19 @@ def integrate(
         say_once(f"lif: surrogate {name} has no analytic backward; it runs as a plain loop over T")
         spikes, v, v_seq = lif_reference(x, v0, r_tau, *settings, surrogate, return_v_seq)
     return LIFOutput(spikes, v, v_seq if return_v_seq else None)
+
+
+def kernels_take(backend: Backend, dtype: torch.dtype, surrogate: Callable[[Tensor], Tensor]) -> tuple[bool, str]:
+    """Whether the fused kernels of ``backend`` take such a call, and if not why."""
+    if dtype == torch.float64:
+        return False, "float64 runs on the plain definition"
+    if not isinstance(surrogate, Surrogate):
+        return False, f"surrogate {type(surrogate).__name__} is a function of tensors; CustomSurrogate reaches kernels"
+    if isinstance(surrogate, CustomSurrogate):
+        spelling = "cuda" if backend == "cupy" else backend
+        if getattr(surrogate, spelling) is None:
+            return False, f"the CustomSurrogate has no {spelling}= spelling"
+    return True, ""
 
 
 @torch.library.custom_op("spikeattn::lif_forward", mutates_args=(), device_types=("cpu", "cuda"))
@@ -154,7 +167,15 @@ def lif_forward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return ``(spikes, v, v_seq)``; ``v_seq`` is empty unless asked for."""
-    fire = SURROGATES[surrogate](alpha)
+    if backend == "cupy":
+        from spikeattn.ops.lif.cuda import lif_forward_cuda
+
+        return lif_forward_cuda(x, v0, r_tau, time_steps, tau, decay_input, v_threshold, v_reset, return_v_seq)
+    if backend == "numba":
+        from spikeattn.ops.lif.cpu import lif_forward_cpu
+
+        return lif_forward_cpu(x, v0, r_tau, time_steps, tau, decay_input, v_threshold, v_reset, return_v_seq)
+    fire = surrogate_of(surrogate, alpha)
     spikes, v, v_seq = lif_reference(
         x, v0, r_tau, time_steps, tau, decay_input, v_threshold, v_reset, detach_reset, fire, return_v_seq
     )
@@ -191,8 +212,18 @@ def lif_backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return ``(grad_x, grad_v0, grad_r_tau)``."""
-    settings = (time_steps, tau, decay_input, v_threshold, v_reset, detach_reset, SURROGATES[surrogate](alpha))
-    return lif_backward_reference(grad_spikes, grad_v, grad_v_seq, x, v0, r_tau, *settings)
+    tensors = (grad_spikes, grad_v, grad_v_seq, x, v0, r_tau)
+    neuron = (time_steps, tau, decay_input, v_threshold, v_reset, detach_reset)
+    fire = surrogate_of(surrogate, alpha)
+    if backend == "cupy":
+        from spikeattn.ops.lif.cuda import lif_backward_cuda
+
+        return lif_backward_cuda(*tensors, *neuron, surrogate, alpha, getattr(fire, "cuda", None))
+    if backend == "numba":
+        from spikeattn.ops.lif.cpu import lif_backward_cpu
+
+        return lif_backward_cpu(*tensors, *neuron, fire)
+    return lif_backward_reference(*tensors, *neuron, fire)
 
 
 @lif_backward.register_fake

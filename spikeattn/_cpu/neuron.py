@@ -1,0 +1,170 @@
+"""The LIF neuron and the surrogates in compiled float32, operation by operation as in the definitions.
+
+Flags are constants of the calling kernel, so only one branch of each ``if`` is compiled.
+"""
+
+import math
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import numba
+import numpy as np
+from torch import Tensor
+
+from spikeattn._cpu.compiler import inline
+
+F = np.float32
+KINDS = (
+    "sigmoid", "atan", "piecewise_quadratic", "piecewise_exp", "soft_sign", "super_spike", "erf", "rect",
+)  # fmt: skip
+SIGMOID, ATAN, PIECEWISE_QUADRATIC, PIECEWISE_EXP, SOFT_SIGN, SUPER_SPIKE, ERF, RECT = range(len(KINDS))
+
+
+@inline
+def charge(x, v, tau, v_rest, decay_input, divides):
+    """H[t] of X[t] and V[t-1]; ``tau`` divides, or is the reciprocal that multiplies."""
+    leak = v - v_rest
+    drive = x - leak if decay_input else leak
+    part = drive / tau if divides else drive * tau
+    return v + part if decay_input else v - part + x
+
+
+@inline
+def fire(h, v_threshold):
+    """S[t], 0 or 1."""
+    return F(1.0) if h >= v_threshold else F(0.0)
+
+
+@inline
+def reset(h, s, v_threshold, v_rest, hard_reset):
+    """V[t] of H[t] and S[t]."""
+    return s * v_rest + (F(1.0) - s) * h if hard_reset else h - s * v_threshold
+
+
+@inline
+def grad_of_h(grad_s, sg, carry, h, s, v_threshold, v_rest, hard_reset, detach_reset):
+    """dL/dH[t] of dL/dS[t], the surrogate's slope and ``carry`` = dL/dV[t]."""
+    if hard_reset:
+        if not detach_reset:
+            grad_s = (grad_s - carry * h) + carry * v_rest
+        return grad_s * sg + carry * (F(1.0) - s)
+    if not detach_reset:
+        grad_s = grad_s - carry * v_threshold
+    return grad_s * sg + carry
+
+
+@inline
+def step_row(current, v, out, tau, v_threshold, v_rest, decay_input, divides, hard_reset, spikes):
+    """One time step of a row: moves ``v`` on, and leaves S[t] (``spikes``) or H[t] in ``out``."""
+    for i in range(v.size):
+        h = charge(current[i], v[i], tau, v_rest, decay_input, divides)
+        s = fire(h, v_threshold)
+        out[i] = s if spikes else h
+        v[i] = reset(h, s, v_threshold, v_rest, hard_reset)
+
+
+@inline
+def grad_row(grad_s, sg, h, carry, out, tau, v_threshold, v_rest, decay_input, divides, hard_reset, detach_reset):
+    """One time step back: dL/dX[t] to ``out``, dL/dV[t-1] to ``carry``, dL/dH[t] in place of the slope ``sg``."""
+    # Two loops: LLVM proves at most eight pairs of rows disjoint, and vectorises nothing beyond that.
+    for i in range(h.size):
+        s = fire(h[i], v_threshold)
+        sg[i] = grad_of_h(grad_s[i], sg[i], carry[i], h[i], s, v_threshold, v_rest, hard_reset, detach_reset)
+    for i in range(h.size):
+        through = sg[i] / tau if divides else sg[i] * tau
+        out[i] = through if decay_input else sg[i]
+        carry[i] = sg[i] - through
+
+
+@inline
+def exp(x):
+    """e^x within 1 ulp over the whole range of float32; the usual polynomial (Cephes), which vectorises."""
+    shift = F(12582912.0)  # 1.5 * 2^23: adding it rounds to an integer
+    x = min(max(x, F(-104.0)), F(89.0))
+    n = (x * F(1.44269504088896341) + shift) - shift
+    r = (x - n * F(0.693145751953125)) - n * F(1.428606765330187e-06)
+    p = F(1.9875691500e-4)
+    p = p * r + F(1.3981999507e-3)
+    p = p * r + F(8.3334519073e-3)
+    p = p * r + F(4.1665795894e-2)
+    p = p * r + F(1.6666665459e-1)
+    p = p * r + F(5.0000001201e-1)
+    p = (p * (r * r) + r) + F(1.0)
+    k = np.int32(n)
+    half = k >> np.int32(1)  # 2^k in two factors: subnormals and infinity come out right
+    low = np.int32((half + np.int32(127)) << np.int32(23)).view(F)
+    high = np.int32((k - half + np.int32(127)) << np.int32(23)).view(F)
+    return p * low * high
+
+
+def neuron_scalars(tau: float, r_tau: Tensor | None, v_threshold: float, v_reset: float | None) -> tuple[Any, ...]:
+    """What kernels take for ``(tau, v_threshold, v_rest)``: float32, as PyTorch takes a Python number."""
+    return F(tau if r_tau is None else r_tau.item()), F(v_threshold), F(0.0 if v_reset is None else v_reset)
+
+
+def surrogate_constants(name: str, a: float) -> tuple[int, np.float32, np.float32]:
+    """Which formula of `derivative_row`, and its two constants: computed in double and rounded, as PyTorch does."""
+    constants = {
+        "sigmoid": (a, 0.0),
+        "atan": (math.pi / 2 * a, a / 2),
+        "piecewise_quadratic": (a, a * a),
+        "piecewise_exp": (-a, a / 2),
+        "soft_sign": (1 / a, 2 * a),
+        "super_spike": (a, 0.0),
+        "erf": (a, a / math.sqrt(math.pi)),
+        "rect": (a, 0.5 / a),
+    }
+    if name not in constants:
+        return -1, F(0.0), F(0.0)
+    first, second = constants[name]
+    return KINDS.index(name), F(first), F(second)
+
+
+@numba.njit(nogil=True, error_model="numpy")
+def derivative_row(kind, h, v_threshold, a, b, sg):
+    """Slope of the surrogate at ``h - v_threshold``; formulas and order as in ``ops/surrogate.py``."""
+    one = F(1.0)
+    if kind == SIGMOID:
+        for i in range(h.size):
+            s = one / (one + exp(-(a * (h[i] - v_threshold))))
+            sg[i] = (one - s) * s * a
+    elif kind == ATAN:
+        for i in range(h.size):
+            z = (h[i] - v_threshold) * a
+            sg[i] = one / (one + z * z) * b
+    elif kind == PIECEWISE_QUADRATIC:
+        for i in range(h.size):
+            y = a - b * abs(h[i] - v_threshold)
+            sg[i] = F(0.0) if y < F(0.0) else y
+    elif kind == PIECEWISE_EXP:
+        for i in range(h.size):
+            sg[i] = b * exp(a * abs(h[i] - v_threshold))
+    elif kind == SOFT_SIGN:
+        for i in range(h.size):
+            z = a + abs(h[i] - v_threshold)
+            sg[i] = one / (b * z * z)
+    elif kind == SUPER_SPIKE:
+        for i in range(h.size):
+            z = one + abs(h[i] - v_threshold)
+            sg[i] = one / (z * z) * a
+    elif kind == ERF:
+        for i in range(h.size):
+            z = a * (h[i] - v_threshold)
+            sg[i] = b * exp(-z * z)
+    else:
+        for i in range(h.size):
+            sg[i] = a if abs(h[i] - v_threshold) < b else F(0.0)
+
+
+@lru_cache(maxsize=64)
+def custom_derivative_row(function: Callable[[float], float]) -> Any:
+    """`derivative_row` of a user's function of one float32."""
+    slope = numba.njit(nogil=True, error_model="numpy")(function)
+
+    @numba.njit(nogil=True, error_model="numpy")
+    def custom_row(kind, h, v_threshold, a, b, sg):
+        for i in range(h.size):
+            sg[i] = slope(h[i] - v_threshold)
+
+    return custom_row

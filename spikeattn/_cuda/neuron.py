@@ -1,0 +1,72 @@
+"""How the settings of a neuron reach `Neuron` in spikeattn.cuh: compile-time constants and scalars."""
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+STORAGE = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
+
+# The enum of spikeattn.cuh. Whoever brings a derivative of his own has "custom".
+SURROGATES = ("sigmoid", "atan", "piecewise_quadratic", "piecewise_exp", "soft_sign", "super_spike", "erf", "rect")
+CUSTOM = len(SURROGATES)
+
+
+def neuron_constants(tau: float | None, decay_input: bool, v_reset: float | None) -> tuple[tuple[str, int], ...]:
+    """What is compiled in for both directions; ``tau`` is None where a tensor holds 1 / tau."""
+    return (
+        ("kDecayInput", int(decay_input)),
+        ("kHardReset", int(v_reset is not None)),
+        ("kDivide", int(tau is not None and not _has_exact_reciprocal(tau))),
+    )
+
+
+def gradient_constants(detach_reset: bool, surrogate: str, derivative: str | None) -> tuple[tuple[str, int], ...]:
+    """What is compiled in for the backward only."""
+    number = SURROGATES.index(surrogate) if derivative is None else CUSTOM
+    return ("kDetachReset", int(detach_reset)), ("kSurrogate", number)
+
+
+# The forward shares code with the backward, which has to compile.
+NO_GRADIENT = (("kDetachReset", 0), ("kSurrogate", 0))
+
+
+def leak(tau: float | None) -> float:
+    """The number that divides or multiplies: see ``kDivide``. 0 where a tensor takes its place."""
+    if tau is None:
+        return 0.0
+    return 1 / tau if _has_exact_reciprocal(tau) else tau
+
+
+def _has_exact_reciprocal(tau: float) -> bool:
+    """Powers of two, and infinity: to multiply gives the bits of the division, in a tenth of the instructions."""
+    tau = float(np.float32(tau))
+    return math.isinf(tau) or math.frexp(tau)[0] == 0.5
+
+
+def surrogate_scalars(name: str, alpha: float) -> tuple[float, float]:
+    """The ``a`` and ``b`` of ``derivative`` in spikeattn.cuh, in double as Python has them in ops/surrogate.py."""
+    scalars = {
+        "sigmoid": (alpha, alpha),
+        "atan": (math.pi / 2 * alpha, alpha / 2),
+        "piecewise_quadratic": (alpha * alpha, alpha),
+        "piecewise_exp": (-alpha, alpha / 2),
+        "soft_sign": (1 / alpha, 2 * alpha),
+        "super_spike": (0.0, alpha),
+        "erf": (alpha, alpha / math.sqrt(math.pi)),
+        "rect": (0.5 / alpha, alpha),
+    }
+    return scalars.get(name, (0.0, 0.0))  # a derivative of one's own has its constants inside
+
+
+def as_float(x: Tensor) -> Tensor:
+    """``x`` in float32, contiguous."""
+    return x.to(torch.float32).contiguous()
+
+
+def as_start(v0: Tensor) -> tuple[Tensor, int]:
+    """``(v0 in float32, kScalarV0)``: an expanded number stays one number and is not written out."""
+    if any(v0.stride()):
+        return as_float(v0), 0
+    return as_float(v0.as_strided((1,), (1,))), 1

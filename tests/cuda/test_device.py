@@ -1,0 +1,184 @@
+"""The CUDA kernels on a device: the cases of the emulator, and what only a device has."""
+
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from cases import DYNAMICS, RATIONAL, SURROGATES, currents, ids
+from kernel_cases import DTYPES, STEPS, WIDTHS, Neuron, assert_equal, check_lif, check_norm_lif
+
+from spikeattn import ATan, backend_status, lif
+from spikeattn._cuda.launch import launches
+from spikeattn.ops.lif.cuda import lif_backward_cuda, lif_forward_cuda
+
+pytestmark = pytest.mark.cuda
+
+
+@pytest.fixture(autouse=True)
+def _kernels_ran():
+    """A test of this file that launches nothing proves nothing."""
+    usable, reason = backend_status("cuda")[0][1:]
+    assert usable, reason
+    before = launches.total()
+    yield
+    torch.cuda.synchronize()
+    assert launches.total() > before
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("T", STEPS)
+def test_every_length_and_width_has_the_bits_of_the_definition(T, dtype):
+    for N in (*WIDTHS, 2**18):
+        check_lif(T, N, dtype=dtype, device="cuda", v_seq=N % 2 == 0, scalar_v0=N % 3 == 0)
+
+
+@pytest.mark.parametrize("dynamics", DYNAMICS, ids=ids)
+def test_every_neuron_has_the_bits_of_the_definition(dynamics):
+    neuron = Neuron(*dynamics)
+    for surrogate in RATIONAL:
+        check_lif(9, 33, neuron=neuron, surrogate=surrogate, device="cuda")
+    for static in (False, True):
+        check_lif(9, 33, neuron=neuron, tensor_tau=True, static=static, device="cuda")
+        check_norm_lif(9, 4, 40, neuron=neuron, static=static, device="cuda")
+
+
+@pytest.mark.parametrize("surrogate", SURROGATES, ids=ids)
+def test_every_surrogate_is_as_near_to_float64_as_the_definition(surrogate):
+    check_lif(7, 130, surrogate=surrogate, exact=surrogate in RATIONAL, device="cuda")
+    check_norm_lif(6, 3, 70, surrogate=surrogate, device="cuda")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", [(1, 1, 1), (32, 528, 256), (7, 40, 33), (26, 9, 513), (5, 3, 4096)], ids=ids)
+def test_every_row_has_the_bits_of_the_definition(size, dtype):
+    check_norm_lif(*size, dtype=dtype, device="cuda")
+
+
+def test_packed_spikes_hold_one_bit_a_neuron():
+    x, v0 = currents(6, 1000).cuda(), torch.zeros(1000, device="cuda")
+    spikes, _, _ = lif_forward_cuda(x, v0, None, 6, *Neuron().forward(), False)
+    packed, _, _ = lif_forward_cuda(x, v0, None, 6, *Neuron().forward(), False, packed=True)
+    bits = packed.unsqueeze(-1) >> torch.arange(32, dtype=torch.int32, device="cuda") & 1
+    assert torch.equal(bits.flatten(1)[:, :1000].float(), spikes)
+
+
+def gradients(x: torch.Tensor, backend: str = "cupy") -> tuple[torch.Tensor, torch.Tensor]:
+    """Spikes of `lif`, and the gradient of a weighted sum of them."""
+    x = x.detach().requires_grad_()
+    spikes = lif(x, tau=10.0, surrogate=ATan(), backend=backend).spikes
+    weight = torch.linspace(-1, 1, x.numel()).view_as(x).to(x)
+    return spikes, torch.autograd.grad(spikes, x, weight)[0]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_public_function_takes_the_kernels(dtype):
+    x = currents(16, 3, 50, dtype=dtype)
+    assert_equal(gradients(x.cuda()), gradients(x, "torch"))
+    assert_equal(gradients(x.cuda(), "auto"), gradients(x, "torch"))
+
+
+def test_registered_ops_pass_opcheck():
+    x, v0 = currents(5, 6).cuda().requires_grad_(), torch.zeros(6, device="cuda", requires_grad=True)
+    settings = (5, 2.0, True, 1.0, 0.0, False, "atan", 2.0)
+    torch.library.opcheck(torch.ops.spikeattn.lif_forward.default, (x, v0, None, *settings, True, "cupy"))
+
+
+def test_compiles_to_one_graph_with_the_same_result():
+    x = currents(6, 10).cuda()
+    compiled = torch.compile(lambda x: lif(x, tau=3.0).spikes, fullgraph=True)
+    assert torch.equal(compiled(x), lif(x, tau=3.0).spikes)
+
+
+def test_launches_follow_the_current_stream():
+    x = torch.zeros(32, 2**20, device="cuda")
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)  # a kernel on another stream would read zeros
+        x.fill_(2.0)
+        spikes = lif(x, tau=2.0, backend="cupy").spikes
+    stream.synchronize()
+    assert spikes.all()
+
+
+def test_a_graph_replays_forward_and_backward():
+    T, N = 8, 1000
+    x, grad_s = currents(T, N).cuda(), torch.randn(T, N).cuda()
+    v0, grad_v = torch.randn(2, N).cuda()
+
+    def step():
+        forward = lif_forward_cuda(x, v0, None, T, *Neuron().forward(), False)
+        return (*forward, *lif_backward_cuda(grad_s, grad_v, None, x, v0, None, T, *Neuron().settings(), "atan", 2.0))
+
+    step()  # compiles: a capture may not load a module
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    x.copy_(currents(T, N))
+    graph.replay()
+    assert_equal(captured, step())
+
+
+def test_a_second_call_compiles_nothing(monkeypatch):
+    import cupy
+
+    x = currents(4, 100).cuda()
+    first = gradients(x)
+    monkeypatch.setattr(cupy, "RawModule", None)
+    assert_equal(gradients(x), first)
+
+
+def test_calls_from_several_threads_agree():
+    x, results = currents(12, 500).cuda(), []
+    threads = [threading.Thread(target=lambda: results.append(gradients(x))) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(results) == 8
+    for result in results[1:]:
+        assert_equal(result, results[0])
+
+
+def test_a_second_device_gets_its_own_kernels():
+    x = currents(4, 100)
+    wanted = gradients(x.cuda(0))
+    if torch.cuda.device_count() < 2:
+        pytest.skip("there is one device")
+    assert_equal(gradients(x.cuda(1)), wanted)
+    assert torch.cuda.current_device() == 0
+
+
+def test_more_elements_than_32_bits_count():
+    T, N = 2, 2**30 + 32
+    x = torch.zeros(1, device="cuda")
+    lif(x.expand(1, 1), backend="cupy")
+    if torch.cuda.mem_get_info()[0] < 16 * 2**30:
+        pytest.skip("needs 16 GiB of free memory")
+    x = torch.zeros(T, N, dtype=torch.bfloat16, device="cuda")
+    x[:, -33:] = 4.0
+    spikes = lif_forward_cuda(x, torch.zeros((), device="cuda").expand(N), None, T, *Neuron(tau=2.0).forward(), False)[
+        0
+    ]
+    assert spikes[:, -33:].all()
+    assert not spikes[:, :-33].any()
+
+
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "initcheck"])
+def test_kernels_are_clean_under_compute_sanitizer(tool):
+    check_lif(2, 3, device="cuda")
+    if shutil.which("compute-sanitizer") is None:
+        pytest.skip("compute-sanitizer is not on PATH")
+    code = (
+        "from kernel_cases import check_lif, check_norm_lif\n"
+        "for T in (1, 7, 33, 161):\n"
+        "    check_lif(T, 264, tensor_tau=True, device='cuda')\n"
+        "    check_norm_lif(T, 3, 33, device='cuda'); check_norm_lif(T, 2, 520, device='cuda')\n"
+    )
+    command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", code]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+    assert run.returncode == 0, run.stdout[-4000:]

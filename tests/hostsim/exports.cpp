@@ -1,0 +1,35 @@
+// Every kernel for one storage type (-DSPK_STORAGE=f32), with what a device knows at compile time as variables.
+#include "hostsim.hpp"
+
+#define SPK_FORWARD
+#define SPK_BACKWARD
+
+#define HOSTSIM_CONSTANTS(each)                                                                               \
+    each(kVector) each(kSteps) each(kPacked) each(kStatic) each(kTensorTau) each(kDecayInput) each(kHardReset) \
+        each(kDetachReset) each(kDivide) each(kSurrogate) each(kVSeq) each(kThreads) each(kElements) each(kBatch) each(kScalarV0)
+
+#define DECLARE(name) static int name;
+HOSTSIM_CONSTANTS(DECLARE)
+
+extern "C" int hostsim_set(const char* name, int value)
+{
+#define SET(constant) \
+    if (std::strcmp(name, #constant) == 0) return constant = value, 1;
+    HOSTSIM_CONSTANTS(SET)
+    return 0;
+}
+
+#include "_cuda/spikeattn.cuh"
+namespace lif {
+#include "ops/lif/kernels.cu"
+}
+namespace norm_lif {
+#include "ops/norm_lif/kernels.cu"
+}
+using namespace lif;
+using namespace norm_lif;
+
+HOSTSIM_EXPORT(spk_lif_forward)
+HOSTSIM_EXPORT(spk_lif_backward)
+HOSTSIM_EXPORT(spk_norm_lif_forward)
+HOSTSIM_EXPORT(spk_norm_lif_backward)

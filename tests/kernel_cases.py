@@ -1,0 +1,136 @@
+"""Compare the CUDA calls with the definitions: the same comparisons on the emulator and on a device."""
+
+from typing import NamedTuple
+
+import torch
+from cases import currents
+from torch import Tensor
+
+from spikeattn.ops.lif.cuda import lif_backward_cuda, lif_forward_cuda
+from spikeattn.ops.lif.reference import lif_backward_reference, lif_reference
+from spikeattn.ops.norm_lif.cuda import norm_lif_backward_cuda, norm_lif_forward_cuda
+from spikeattn.ops.norm_lif.reference import norm_lif_backward_reference, norm_lif_reference
+from spikeattn.ops.surrogate import ATan, Surrogate
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+# T: one step, a batch of loads that does and does not fill, every length of a segment, checkpoints.
+STEPS = [1, 2, 4, 7, 8, 9, 32, 33, 64, 128, 129, 161]
+WIDTHS = [1, 31, 32, 33, 127, 128, 129, 1000]
+
+
+class Neuron(NamedTuple):
+    """Settings of a neuron, in the order of the cases."""
+
+    v_reset: float | None = 0.0
+    detach_reset: bool = False
+    decay_input: bool = True
+    tau: float = 10.0
+
+    def forward(self) -> tuple:
+        """What the forward is given after ``time_steps``."""
+        return self.tau, self.decay_input, 1.0, self.v_reset
+
+    def settings(self) -> tuple:
+        """What the backward is given after ``time_steps``."""
+        return (*self.forward(), self.detach_reset)
+
+
+def check_lif(
+    T: int,
+    N: int,
+    *,
+    neuron: Neuron = Neuron(),
+    surrogate: Surrogate = ATan(),
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    static: bool = False,
+    v_seq: bool = True,
+    tensor_tau: bool = False,
+    scalar_v0: bool = False,
+    exact: bool = True,
+) -> None:
+    """Spikes and potentials bit for bit; gradients too if ``exact``, else as near to float64 as the definition."""
+    x = currents(1 if static else T, N, dtype=dtype)
+    v0 = torch.full((), 0.5).expand(N) if scalar_v0 else torch.randn(N)
+    r_tau = torch.tensor(1 / neuron.tau) if tensor_tau else None
+    wanted = lif_reference(x, v0, r_tau, T, *neuron.settings(), surrogate, v_seq)
+    grads = [torch.randn(T, N).to(dtype), torch.randn(N), torch.randn(T, N) if v_seq else None]
+    inputs = move([x, v0, r_tau], device)
+    got = lif_forward_cuda(*inputs, T, *neuron.forward(), v_seq)
+    assert_equal(got, wanted)
+
+    definition = lif_backward_reference(*grads, x, v0, r_tau, T, *neuron.settings(), surrogate)
+    result = lif_backward_cuda(*move(grads, device), *inputs, T, *neuron.settings(), surrogate.name, surrogate.alpha)
+    double = [None if tensor is None else tensor.double() for tensor in (*grads, x, v0, r_tau)]
+    truth = lif_backward_reference(*double, T, *neuron.settings(), surrogate)
+    if exact:
+        assert_equal(result[:2], definition[:2])
+        assert_near(result[2:], definition[2:], truth[2:], terms=T * N)  # a sum in another order
+    else:
+        assert_near(result[:2], definition[:2], truth[:2])
+
+
+def check_norm_lif(
+    T: int,
+    R: int,
+    D: int,
+    *,
+    neuron: Neuron = Neuron(),
+    surrogate: Surrogate = ATan(),
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    static: bool = False,
+    masked: bool = True,
+    scalar_v0: bool = False,
+) -> None:
+    """Spikes, potentials, mean, rstd bit for bit; gradients as near to float64 as those of the definition."""
+    x = currents(1 if static else T, R, D, dtype=dtype)
+    weight, bias = torch.randn(D) + 1, torch.randn(D)
+    mask = torch.arange(R) % 3 == 1 if masked else None
+    v0 = torch.full((), 0.5).expand(R, D) if scalar_v0 else torch.randn(R, D)
+    wanted = norm_lif_reference(x, weight, bias, mask, v0, T, 1e-5, *neuron.settings(), surrogate)
+    inputs = move([x, weight, bias, mask, v0], device)
+    got = norm_lif_forward_cuda(*inputs, T, 1e-5, *neuron.forward())
+    assert_equal(got, wanted)
+
+    grads = [torch.randn(T, R, D).to(dtype), torch.randn(R, D)]
+    saved = [x, weight, bias, mask, v0, *wanted[2:]]
+    definition = norm_lif_backward_reference(*grads, *saved, T, *neuron.settings(), surrogate)
+    result = norm_lif_backward_cuda(
+        *move(grads, device), *inputs, *got[2:], T, *neuron.settings(), surrogate.name, surrogate.alpha
+    )
+    double = [t if t is None or t.dtype == torch.bool else t.double() for t in (*grads, *saved)]
+    truth = norm_lif_backward_reference(*double, T, *neuron.settings(), surrogate)
+    assert_near(result, definition, truth)
+    if surrogate == ATan() and dtype == torch.float32:
+        assert_equal(result[3:], definition[3:])
+
+
+def move(tensors: list[Tensor | None], device: str) -> list[Tensor | None]:
+    """The tensors on a device; an expanded one stays expanded."""
+    return [t if t is None or device == "cpu" else t.to(device) for t in tensors]
+
+
+def assert_equal(got, wanted) -> None:
+    """Same types, shapes and bits, and contiguous memory."""
+    for a, b in zip(got, wanted, strict=True):
+        assert a.dtype == b.dtype
+        assert a.shape == b.shape
+        assert a.is_contiguous()
+        assert torch.equal(a.cpu(), b.cpu())
+
+
+def assert_near(got, definition, truth, terms: int = 0) -> None:
+    """At most twice as far from float64 as the definition is, and 1e-6 of the largest number.
+
+    A sum of many ``terms`` about 1 can be near 0: it may be off by a unit of float32 for each.
+    """
+    for a, b, exact in zip(got, definition, truth, strict=True):
+        assert a.dtype == b.dtype
+        assert a.shape == b.shape
+        scale = exact.abs().max() if exact.numel() else 0.0
+        # 16-bit results are rounded once more, by half a unit of their last place.
+        unit = 0.5 * torch.finfo(a.dtype).eps if a.dtype in (torch.float16, torch.bfloat16) else 0.0
+        error, allowed = (a.cpu().double() - exact).abs(), 2 * (b.double() - exact).abs().max() + 1e-6 * scale
+        allowed += terms * torch.finfo(torch.float32).eps
+        assert (error <= allowed + unit * exact.abs()).all(), f"{error.max()} is over {allowed}"

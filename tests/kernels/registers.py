@@ -1,0 +1,83 @@
+"""Every kernel that is compiled in the tests, and what it was recorded to need.
+
+python tests/kernels/registers.py     records again, after a change that is worth its registers
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+import spikeattn.ops.lif.cuda as lif
+import spikeattn.ops.norm_lif.cuda as norm_lif
+from spikeattn._cuda.source import Program
+
+RECORDED = Path(__file__).with_name("registers.json")
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+NEURON = (10.0, True, 1.0, 0.0)  # divides by tau, decays its input, resets hard: the longest arithmetic
+GRADIENT = (False, "atan", 2.0)
+
+
+def programs() -> Iterator[tuple[str, str, str, Program]]:
+    """``(what, architecture, entry point, program)``: each entry point and storage on each architecture at the sizes
+    of SpikEmo, and each size of a tile on sm_90."""
+    for arch in ("sm_80", "sm_90", "sm_100"):
+        for dtype in DTYPES:
+            yield from _lif(arch, dtype, 8)
+            yield from _lif(arch, dtype, 32, forward=False)
+            yield from _norm_lif(arch, dtype, 256)
+            yield from _norm_lif(arch, dtype, 4096)
+    for dtype in (torch.float32, torch.bfloat16):
+        for T in (4, 16, 64, 128):
+            yield from _lif("sm_90", dtype, T, forward=False)
+        for D in (64, 512, 1024, 2048):
+            yield from _norm_lif("sm_90", dtype, D)
+    for T in (8, 16, 32, 64):
+        yield from _lif("sm_90", torch.float32, T, forward=False, tensor_tau=True)
+
+
+def _lif(arch: str, dtype: torch.dtype, T: int, forward: bool = True, tensor_tau: bool = False):
+    x, v0 = _empty(T, 2**20, dtype=dtype), _empty(2**20)
+    r_tau = _empty(()) if tensor_tau else None
+    grad_v_seq = _empty(T, 2**20) if tensor_tau else None
+    what = f"T={T}" + (" tensor tau, v_seq" if tensor_tau else "")
+    if forward:
+        yield from _captured(lif, what, arch, lif.lif_forward_cuda, x, v0, r_tau, T, *NEURON, False)
+        yield from _captured(lif, "packed", arch, lif.lif_forward_cuda, x, v0, r_tau, T, *NEURON, False, True)
+    yield from _captured(lif, what, arch, lif.lif_backward_cuda, x, v0, grad_v_seq, x, v0, r_tau, T, *NEURON, *GRADIENT)
+
+
+def _norm_lif(arch: str, dtype: torch.dtype, D: int):
+    x, v0, weight, mask = _empty(32, 528, D, dtype=dtype), _empty(528, D), _empty(D), _empty(528, dtype=torch.bool)
+    mean, inputs = _empty(32, 528, 1), (x, weight, weight, mask, v0)
+    forward, backward = norm_lif.norm_lif_forward_cuda, norm_lif.norm_lif_backward_cuda
+    yield from _captured(norm_lif, f"D={D}", arch, forward, *inputs, 32, 1e-5, *NEURON)
+    yield from _captured(norm_lif, f"D={D}", arch, backward, x, v0, *inputs, mean, mean, 32, *NEURON, *GRADIENT)
+
+
+def _captured(module, what: str, arch: str, call, *args) -> Iterator[tuple[str, str, str, Program]]:
+    """The program that a call would launch; the tensors have no memory."""
+    launched = []
+    launch, module.launch = module.launch, lambda plan, program, args, device: launched.append((plan, program))
+    try:
+        call(*args)
+    finally:
+        module.launch = launch
+    for plan, program in launched:
+        yield what, arch, plan.kernel, program
+
+
+def _empty(*shape, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+if __name__ == "__main__":
+    from compiler import compile_program
+
+    table: dict[str, dict[str, int]] = {}
+    for what, arch, kernel, program in programs():
+        (report,) = compile_program(program, arch).values()
+        table.setdefault(f"{kernel} {what}", {})[arch] = report.registers
+        print(kernel, what, arch, report)
+    RECORDED.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")

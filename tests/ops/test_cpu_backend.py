@@ -1,0 +1,450 @@
+"""The CPU kernels of `lif`: the bits of the definition, and right under threads, forks, processes and caches."""
+
+import logging
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+from cases import DYNAMICS, RATIONAL, SURROGATES, currents, ids
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from spikingjelly.activation_based import neuron
+from spikingjelly.activation_based import surrogate as theirs
+
+from spikeattn import LIF, ATan, BackendUnavailableError, CustomSurrogate, Rect, Sigmoid, backend_status, lif
+from spikeattn._cpu import compiler, threads
+from spikeattn._cpu.neuron import derivative_row, surrogate_constants
+from spikeattn._cpu.storage import as_array, load_row, store_row
+from spikeattn.ops.lif import cpu
+
+EXACT = {s.name for s in [*RATIONAL, Rect()]}
+
+
+def results(x, v0, backend, *, tau=2.0, seed=0, **options):
+    """Everything that a call gives, and every gradient, under random weights."""
+    x, v0 = x.clone().requires_grad_(), v0.clone().requires_grad_()
+    tau = torch.tensor(tau).requires_grad_() if options.pop("learned", False) else tau
+    outputs = [out for out in lif(x, v0, tau=tau, backend=backend, **options) if out is not None]
+    generator = torch.Generator().manual_seed(seed)
+    loss = sum((out * torch.randn(out.shape, generator=generator)).sum() for out in outputs)
+    inputs = [x, v0, *([tau] if isinstance(tau, torch.Tensor) else [])]
+    return [out.detach() for out in outputs], torch.autograd.grad(loss, inputs)
+
+
+def run_python(code, **environment):
+    """What a fresh interpreter prints."""
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), **environment}
+    run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+@pytest.mark.parametrize("dynamics", DYNAMICS, ids=ids)
+@pytest.mark.parametrize("learned", [False, True])
+def test_kernels_have_the_bits_of_the_definition(dynamics, learned):
+    v_reset, detach_reset, decay_input, tau = dynamics
+    options = {"v_reset": v_reset, "detach_reset": detach_reset, "decay_input": decay_input, "tau": tau}
+    T, N = 9, 1051  # more than one block
+    x, v0 = currents(T, N), torch.randn(N)
+    for surrogate in SURROGATES:
+        options |= {"surrogate": surrogate, "return_v_seq": True, "learned": learned}
+        (outputs, grads), (wanted, wanted_grads) = (results(x, v0, b, **options) for b in ("numba", "torch"))
+        assert all(map(torch.equal, outputs, wanted))
+        for got, want in zip(grads[:2], wanted_grads[:2], strict=True):
+            if surrogate.name in EXACT:
+                assert torch.equal(got, want)
+            else:  # exp: a slope differs by at most 4 ulp of its peak, at each of T steps
+                assert (got - want).abs().max() <= 4 * 2**-23 * T * want.abs().max()
+        if learned:  # a sum of T * N terms of the order of 1, in another order
+            torch.testing.assert_close(grads[2], wanted_grads[2], rtol=1e-4, atol=1e-2)
+
+
+@pytest.mark.parametrize("T", [1, 2, 3, 4, 8, 16, 33, 64])
+def test_spikes_and_gradients_equal_spikingjellys_at_every_length(T):
+    x, weight = currents(T, 3, 700), torch.randn(T, 3, 700)
+    a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
+    ours = lif(a, tau=10.0, surrogate=ATan(), backend="numba").spikes
+    wanted = neuron.LIFNode(10.0, surrogate_function=theirs.ATan(), step_mode="m")(b)
+    assert torch.equal(ours, wanted)
+    (ours * weight).sum().backward()
+    (wanted * weight).sum().backward()
+    assert torch.equal(a.grad, b.grad)
+
+
+@pytest.mark.parametrize("surrogate", SURROGATES, ids=ids)
+def test_slopes_are_torchs_within_their_bound(surrogate):
+    h = torch.cat([torch.linspace(-40, 40, 20001), torch.randn(20000), torch.tensor([0.0, 1.0, 1e30, -1e30])])
+    slope = torch.empty_like(h)
+    constants = surrogate_constants(surrogate.name, surrogate.alpha)
+    derivative_row(constants[0], h.numpy(), constants[1].dtype.type(1.0), *constants[1:], slope.numpy())
+    wanted = surrogate.derivative(h - 1.0)
+    if surrogate.name in EXACT:
+        assert torch.equal(slope, wanted)
+    else:
+        exact = surrogate.derivative((h - 1.0).double())
+        assert (slope - exact).abs().max() <= 4 * 2**-23 * exact.max()
+
+
+@given(
+    T=st.integers(1, 12),
+    shape=st.lists(st.integers(0, 6), min_size=0, max_size=3),
+    layout=st.sampled_from(["contiguous", "static", "slice", "transposed", "every other"]),
+    dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+    soft=st.booleans(),
+)
+@settings(max_examples=80)
+def test_any_shape_stride_and_dtype_gives_what_the_definition_gives(T, shape, layout, dtype, soft):
+    x = currents(T, *shape, dtype=dtype)
+    if layout == "static":
+        x = x[:1].expand(T, *shape)
+    elif layout == "slice":
+        x = torch.cat([x, x], dim=-1)[..., : x.shape[-1]]
+    elif layout == "transposed":
+        x = x.transpose(0, -1).contiguous().transpose(0, -1)
+    elif layout == "every other":
+        x = torch.stack([x, x], dim=1)[:, 0]
+    options = {"v_reset": None if soft else 0.0, "surrogate": ATan(), "return_v_seq": True}
+    weight = torch.randn(x.shape)
+    both = []
+    for backend in ("numba", "torch"):
+        leaf = x.detach().requires_grad_()
+        out = lif(leaf * 1.0 if layout == "static" else leaf, backend=backend, **options)
+        (out.spikes * weight).sum().backward()
+        both.append((*out, leaf.grad))
+    for got, want in zip(*both, strict=True):
+        assert got.dtype == want.dtype
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("T", [1023, 1024, 1025, 2500])
+def test_long_sequences_in_segments_give_the_same_bits(T):
+    x, v0 = currents(T, 70), torch.randn(70)
+    ours, plain = (results(x, v0, b, tau=10.0, learned=True, surrogate=ATan()) for b in ("numba", "torch"))
+    assert all(map(torch.equal, ours[0], plain[0]))
+    assert all(map(torch.equal, ours[1][:2], plain[1][:2]))
+    assert cpu.backward_width(T) == 64
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_16_bit_storage_converts_every_number_like_torch(dtype):
+    numba = pytest.importorskip("numba")
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    wide = torch.empty(every.shape)
+    numba.njit(lambda row, buffer: load_row(row, buffer))(as_array(every), wide.numpy())
+    assert torch.equal(wide.nan_to_num(nan=0.5), every.float().nan_to_num(nan=0.5))
+    finite = wide[wide.isfinite()].sort().values
+    middles = (finite[1:] + finite[:-1]) / 2  # ties
+    bits = torch.randint(-(2**31), 2**31, (200_000,)).to(torch.int32).view(torch.float32)
+    numbers = torch.cat(
+        [wide, middles, middles.nextafter(wide.new_tensor(9e9)), bits, torch.tensor([65519.0, 65520.0])]
+    )
+    narrow = torch.empty(numbers.shape, dtype=dtype)
+    numba.njit(lambda row, buffer: store_row(row, buffer))(as_array(narrow), numbers.numpy())
+    wanted = numbers.to(dtype)
+    assert torch.equal(narrow.isnan(), wanted.isnan())
+    assert torch.equal(narrow.nan_to_num(nan=0.5), wanted.nan_to_num(nan=0.5))
+
+
+def test_nothing_more_is_saved_than_the_inputs():
+    x = currents(32, 40).requires_grad_()
+    saved = lif(x, backend="numba").spikes.grad_fn.saved_tensors
+    assert [None if s is None else s.untyped_storage().nbytes() for s in saved] == [32 * 40 * 4, 4, None]
+    with torch.no_grad():
+        assert lif(x, backend="numba").spikes.grad_fn is None
+
+
+def test_autocast_changes_nothing():
+    x = currents(6, 40).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = lif(x, backend="numba")
+    assert torch.equal(inside.spikes.float(), lif(x.float(), backend="torch").spikes)
+    assert torch.equal(inside.v, lif(x.float(), backend="torch").v)
+
+
+def test_registered_ops_pass_opcheck():
+    for r_tau in (None, torch.tensor(0.4, requires_grad=True)):
+        x, v0 = currents(5, 6).requires_grad_(), torch.zeros(6, requires_grad=True)
+        settings = (5, 2.0, True, 1.0, 0.0, False, "atan", 2.0)
+        torch.library.opcheck(torch.ops.spikeattn.lif_forward.default, (x, v0, r_tau, *settings, True, "numba"))
+        saved = [None if s is None else s.detach() for s in (x, v0, r_tau)]
+        grads = (torch.randn(5, 6), torch.randn(6), torch.randn(5, 6))
+        torch.library.opcheck(torch.ops.spikeattn.lif_backward.default, (*grads, *saved, *settings, "numba"))
+
+
+def test_compiles_to_one_graph_and_exports():
+    x = currents(6, 10).requires_grad_()
+
+    def loss(x):
+        return (lif(x, tau=3.0, surrogate=ATan(), backend="numba").spikes * x.detach()).sum()
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    assert torch.equal(*torch.autograd.grad(loss(x), x), *torch.autograd.grad(compiled(x), x))
+    module = torch.nn.Sequential(torch.nn.Linear(10, 4), LIF(backend="numba"))
+    exported = torch.export.export(module, (x.detach(),)).module()
+    assert torch.equal(exported(x.detach()), module(x.detach()))
+
+
+@pytest.fixture
+def many_threads():
+    """More threads than a small machine has cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    yield
+    torch.set_num_threads(before)
+
+
+def heavy(seed):
+    """Enough work for several threads, with every gradient."""
+    generator = torch.Generator().manual_seed(seed)
+    x, v0 = torch.randn(8, 20_000, generator=generator) * 3, torch.randn(20_000, generator=generator)
+    outputs, grads = results(x, v0, "numba", tau=4.0, learned=True, surrogate=ATan())
+    return [*outputs, *grads]
+
+
+def test_the_number_of_threads_changes_no_bit(many_threads):
+    wanted = heavy(0)
+    for number in (1, 2, 3):
+        torch.set_num_threads(number)
+        assert all(map(torch.equal, heavy(0), wanted))
+
+
+def test_work_is_shared_by_as_many_threads_as_torch_says(many_threads):
+    names, barrier = set(), threading.Barrier(4, timeout=20)
+
+    def run(first, last):
+        if threading.current_thread().name not in names:
+            names.add(threading.current_thread().name)
+            barrier.wait()  # passes only if four threads are here at once
+
+    threads.spread(run, blocks=64, work=1 << 30)
+    assert len(names) == 4
+    torch.set_num_threads(1)
+    alone = set()
+    threads.spread(lambda first, last: alone.add(threading.current_thread().name), blocks=64, work=1 << 30)
+    assert alone == {threading.current_thread().name}
+
+
+def test_an_error_in_a_thread_reaches_the_caller(many_threads):
+    def run(first, last):
+        raise ArithmeticError
+
+    with pytest.raises(ArithmeticError):
+        threads.spread(run, blocks=64, work=1 << 30)
+
+
+def test_calls_from_several_threads_at_once_are_right(many_threads):
+    wanted, got = [heavy(seed) for seed in range(8)], {}
+
+    def call(seed):
+        torch.set_num_threads(4)
+        for _ in range(3):
+            got[seed] = heavy(seed)
+
+    callers = [threading.Thread(target=call, args=(seed,)) for seed in range(8)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join(60)
+    for seed in range(8):
+        assert all(map(torch.equal, got[seed], wanted[seed]))
+
+
+class Fired(torch.utils.data.Dataset):
+    """Runs neurons, forward and backward, in the worker that loads, on several threads."""
+
+    def __init__(self):
+        self.x, self.v0 = [torch.randn(8, 20_000) * 3 for _ in range(4)], torch.randn(20_000)
+
+    def __len__(self):
+        return len(self.x)
+
+    def __getitem__(self, i):
+        torch.set_num_threads(4)  # a worker has one by itself
+        settings = (8, 2.0, True, 1.0, 0.0, False)
+        spikes, v, _ = lif(self.x[i], self.v0, backend="numba")
+        grads = torch.ops.spikeattn.lif_backward(
+            spikes, v, None, self.x[i], self.v0, None, *settings, "atan", 2.0, "numba"
+        )
+        torch.set_num_threads(1)  # PyTorch's own threads (OpenMP) do not outlive a fork
+        return [spikes, v, *grads]
+
+
+def test_forked_loader_workers_are_right(many_threads):
+    dataset = Fired()
+    wanted = [dataset[i] for i in range(4)]  # the pool of this process is running when it forks
+    loader = torch.utils.data.DataLoader(
+        dataset, batch_size=None, num_workers=2, multiprocessing_context="fork", timeout=60
+    )
+    for got, want in zip(loader, wanted, strict=True):
+        assert all(map(torch.equal, got, want))
+
+
+def train_one_step(rank, folder):
+    """Rank ``rank`` of two: one step on its half of a batch, the gradient left in ``folder``."""
+    torch.set_num_threads(2)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    model = torch.nn.parallel.DistributedDataParallel(network())
+    model(batch()[:, rank * 500 : (rank + 1) * 500]).mean().backward()
+    torch.save(model.module[0].weight.grad, f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def network():
+    """A small spiking network, the same in every process."""
+
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(8, 64), LIF(surrogate_function=ATan(), backend="numba"))
+
+
+def batch():
+    """Its input [T, B, 8]."""
+    return torch.randn(8, 1000, 8, generator=torch.Generator().manual_seed(1)) * 3
+
+
+def test_two_ddp_processes_agree_with_one(tmp_path, monkeypatch):
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    torch.multiprocessing.spawn(train_one_step, (str(tmp_path),), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert torch.equal(first, second)
+    model = network()
+    model(batch()).mean().backward()
+    torch.testing.assert_close(first, model[0].weight.grad, rtol=1e-4, atol=1e-6)
+
+
+CACHE_SCRIPT = """
+import torch
+from numba.core import event
+from spikeattn import lif, norm_lif
+with event.install_recorder("numba:compile") as recorder:
+    x = torch.randn(4, 3, 5, requires_grad=True)
+    lif(x, backend="numba").spikes.sum().backward()
+    norm_lif(x, torch.ones(5), torch.zeros(5), backend="numba").spikes.sum().backward()
+print(len(recorder.buffer))
+"""
+
+
+def test_a_second_process_compiles_nothing(tmp_path):
+    first, second = (int(run_python(CACHE_SCRIPT, NUMBA_CACHE_DIR=str(tmp_path))) for _ in range(2))
+    assert first > 0
+    assert second == 0
+
+
+def test_a_changed_helper_is_part_of_the_key_of_every_kernel():
+    for compiled in (cpu.forward_kernel(True, True, True), cpu.backward_kernel(True, True, True, True)):
+        (plan,) = (cell.cell_contents for cell in compiled.py_func.__closure__)
+        assert plan[-1] == compiler.SOURCES
+
+
+def test_without_a_folder_to_write_to_kernels_still_run(monkeypatch, caplog):
+    njit = compiler.numba.njit
+
+    def refuse(*args, cache=False, **options):
+        if cache:
+            raise RuntimeError("no locator available")
+        return njit(*args, **options)
+
+    monkeypatch.setattr("spikeattn._backends._said", set())
+    monkeypatch.setattr(compiler.numba, "njit", refuse)
+    with caplog.at_level(logging.INFO, "spikeattn"):
+        assert compiler.kernel(lambda x: x + 1)(1) == 2
+    assert "NUMBA_CACHE_DIR" in caplog.text
+
+
+BROKEN_SCRIPT = """
+import logging, sys, torch
+{breakage}
+logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
+from spikeattn import BackendUnavailableError, backend_status, lif
+x = torch.full((3, 1), 2.0)
+print(lif(x).spikes.flatten().tolist(), lif(x).spikes.flatten().tolist())
+print(backend_status("cpu")[0])
+try:
+    lif(x, backend="numba")
+except BackendUnavailableError as error:
+    print("error:", error)
+"""
+
+
+@pytest.mark.parametrize("how", ["missing", "broken"])
+def test_a_missing_or_broken_numba_costs_one_line_and_no_result(how, tmp_path):
+    package = tmp_path / "numba"
+    package.mkdir()
+    (package / "__init__.py").write_text('raise OSError("libllvmlite.so: cannot open shared object file")')
+    breakage = 'sys.modules["numba"] = None' if how == "missing" else f"sys.path.insert(0, {str(tmp_path)!r})"
+    warning, values, status, error = run_python(BROKEN_SCRIPT.format(breakage=breakage)).splitlines()
+    assert 'takes "torch" on cpu (numba: numba cannot be imported' in warning
+    assert values == "[1.0, 1.0, 1.0] [1.0, 1.0, 1.0]"
+    assert "usable=False" in status
+    assert 'backend "numba" is not usable: numba cannot be imported' in error
+    assert "pip install" in error
+    assert ("libllvmlite" in error) == (how == "broken")
+
+
+def test_status_says_that_numba_is_usable():
+    numba, plain = backend_status("cpu")
+    assert (numba.name, numba.usable) == ("numba", True)
+    assert (plain.name, plain.usable) == ("torch", True)
+
+
+def test_float64_runs_on_the_definition_and_never_on_a_named_kernel():
+    x = currents(4, 5, dtype=torch.float64)
+    assert torch.equal(lif(x).v, lif(x, backend="torch").v)
+    with pytest.raises(BackendUnavailableError, match=r"numba.*float64 runs on the plain definition"):
+        lif(x, backend="numba")
+
+
+def cauchy(spelled=True):
+    """A surrogate of a user's own."""
+    import numpy as np
+
+    one = np.float32(1.0)
+    return CustomSurrogate(
+        primitive=lambda x: torch.atan(x) / torch.pi + 0.5,
+        derivative=lambda x: 1 / (1 + x * x),
+        cuda="1.0f / (1.0f + x * x)",
+        numba=(lambda x: one / (one + x * x)) if spelled else None,
+    )
+
+
+def test_a_users_surrogate_reaches_the_kernels():
+    surrogate, x, v0 = cauchy(), currents(6, 1100), torch.randn(1100)
+    ours, plain = (results(x, v0, b, surrogate=surrogate) for b in ("numba", "torch"))
+    assert all(map(torch.equal, [*ours[0], *ours[1]], [*plain[0], *plain[1]]))
+    assert not torch.equal(ours[1][0], results(x, v0, "numba", surrogate=Sigmoid())[1][0])
+    with pytest.raises(AttributeError):
+        surrogate.cuda = ""
+    parts = (surrogate.primitive, surrogate.derivative, surrogate.cuda, surrogate.numba)
+    assert CustomSurrogate(*parts) == surrogate
+
+
+def test_a_users_surrogate_compiles_to_one_graph():
+    surrogate, x = cauchy(), currents(6, 10).requires_grad_()
+
+    def loss(x):
+        return (lif(x, surrogate=surrogate, backend="numba").spikes * x.detach()).sum()
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    assert torch.equal(*torch.autograd.grad(loss(x), x), *torch.autograd.grad(compiled(x), x))
+
+
+def test_a_users_surrogate_without_a_spelling_runs_on_the_definition_and_says_so_once(caplog, monkeypatch):
+    monkeypatch.setattr("spikeattn._backends._said", set())
+    surrogate, x, v0 = cauchy(spelled=False), currents(6, 30), torch.randn(30)
+    with caplog.at_level(logging.INFO, "spikeattn"):
+        auto, plain = (results(x, v0, b, surrogate=surrogate) for b in ("auto", "torch"))
+        results(x, v0, "auto", surrogate=surrogate)
+    assert all(map(torch.equal, [*auto[0], *auto[1]], [*plain[0], *plain[1]]))
+    assert sum("no numba= spelling" in record.message for record in caplog.records) == 1
+    with pytest.raises(BackendUnavailableError, match="no numba= spelling"):
+        lif(x, surrogate=surrogate, backend="numba")
+    with pytest.raises(BackendUnavailableError, match="CustomSurrogate reaches kernels"):
+        lif(x, surrogate=lambda u: (u > 0).float(), backend="numba")
+
+
+@pytest.mark.parametrize("parts", [(None, abs), (abs, 3), (abs, abs, 1), (abs, abs, None, "x")])
+def test_parts_of_a_users_surrogate_are_checked(parts):
+    with pytest.raises(TypeError, match="CustomSurrogate"):
+        CustomSurrogate(*parts)
