@@ -5,6 +5,8 @@ import os
 import subprocess
 import sys
 import threading
+import time
+from datetime import timedelta
 
 import pytest
 import torch
@@ -285,7 +287,8 @@ def test_forked_loader_workers_are_right(many_threads):
 def train_one_step(rank, folder):
     """Rank ``rank`` of two: one step on its half of a batch, the gradient left in ``folder``."""
     torch.set_num_threads(2)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    store, patience = f"file://{folder}/store", timedelta(seconds=60)
+    torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=patience)
     model = torch.nn.parallel.DistributedDataParallel(network())
     model(batch()[:, rank * 500 : (rank + 1) * 500]).mean().backward()
     torch.save(model.module[0].weight.grad, f"{folder}/{rank}.pt")
@@ -306,7 +309,10 @@ def batch():
 
 def test_two_ddp_processes_agree_with_one(tmp_path, monkeypatch):
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
-    torch.multiprocessing.spawn(train_one_step, (str(tmp_path),), nprocs=2)
+    processes = torch.multiprocessing.spawn(train_one_step, (str(tmp_path),), nprocs=2, join=False)
+    deadline = time.monotonic() + 120
+    while not processes.join(timeout=1):
+        assert time.monotonic() < deadline, "a process hangs"
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert torch.equal(first, second)
     model = network()
