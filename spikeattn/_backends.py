@@ -88,7 +88,8 @@ def resolve_backend(
     refused: dict[str, str] = {}
     for name, usable, reason in statuses:
         if usable and name != "torch" and takes is not None:
-            usable, reason = takes(name)
+            usable, refusal = takes(name)
+            reason = refusal or reason
         if usable and backend == name:
             return name
         if usable and backend == "auto":

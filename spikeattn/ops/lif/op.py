@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from spikeattn import _checks
-from spikeattn._backends import Backend, resolve_backend, say_once
+from spikeattn._backends import Backend, resolve_backend
 from spikeattn.ops.lif.reference import is_static, lif_backward_reference, lif_reference, state_dtype
 from spikeattn.ops.surrogate import CustomSurrogate, Sigmoid, Surrogate, as_surrogate, surrogate_of
 
@@ -131,8 +131,6 @@ def integrate(
         name, alpha = surrogate.name, float(surrogate.alpha)
         spikes, v, v_seq = lif_forward(x, v0, r_tau, *settings, name, alpha, return_v_seq, chosen)
     else:
-        name = type(surrogate).__name__
-        say_once(f"lif: surrogate {name} has no analytic backward; it runs as a plain loop over T")
         spikes, v, v_seq = lif_reference(x, v0, r_tau, *settings, surrogate, return_v_seq)
     return LIFOutput(spikes, v, v_seq if return_v_seq else None)
 
