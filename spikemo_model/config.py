@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hint
 MELD_EMOTIONS = ("neutral", "surprise", "fear", "sadness", "joy", "disgust", "anger")
 IEMOCAP_EMOTIONS = ("happiness", "sadness", "neutral", "anger", "excitement", "frustration")
 
-Context = Literal["none", "forward", "bidirectional"]
+Context = Literal["none", "forward", "bidirectional", "gru"]
 
 
 def _require(condition: bool, owner: object, rule: str, value: object) -> None:
@@ -23,7 +23,8 @@ class ModalityConfig:
 
     Args:
         features: Width of its feature vectors.
-        context: Whether a DialogueRNN follows the projection, and in which directions it reads the dialogue.
+        context: What follows the projection: nothing, a DialogueRNN that reads the dialogue forward or in both
+            directions, or plain GRUs in both directions beside it (`GRUContext`).
     """
 
     features: int
@@ -131,6 +132,8 @@ class SpikEmoConfig:
         _require(self.classifier_hidden >= 1, self, "classifier_hidden must be at least 1", self.classifier_hidden)
         for name in ("dropout", "input_dropout"):
             _require(0 <= getattr(self, name) < 1, self, f"{name} must be in [0, 1)", getattr(self, name))
+        if any(modality.context == "gru" for modality in self.modalities.values()):
+            _require(self.dim % 2 == 0, self, 'dim must be even for context "gru"', self.dim)
         heads = self.fusion.num_heads
         _require(self.dim % heads == 0, self, f"dim must be a multiple of fusion.num_heads = {heads}", self.dim)
         if self.dswa is not None:
@@ -258,20 +261,18 @@ def iemocap() -> Preset:
 def compact(widths: dict[str, int], classes: tuple[str, ...] = MELD_EMOTIONS) -> Preset:
     """A configuration that two CPU cores train in minutes, for small data: ours.
 
-    Text gets no DialogueRNN, as in the published configuration for MELD; other modalities get one in both
-    directions. One block of spiking attention over 4 time steps, one layer of fusion, strong dropout, and averaged
-    weights.
+    Plain GRUs give the context, at a fraction of DialogueRNN's time. One block of spiking attention over 4 time steps,
+    one layer of fusion, strong dropout, cross-entropy that makes up for a part of the inequality of classes, and
+    averaged weights.
 
     Args:
         widths: Width of the features by modality, e.g. ``Corpus.widths``.
         classes: Emotions by name.
     """
-    modalities = {
-        name: ModalityConfig(width, "none" if name == "text" else "bidirectional") for name, width in widths.items()
-    }
     model = SpikEmoConfig(
-        modalities,
+        {name: ModalityConfig(width, "gru") for name, width in widths.items()},
         classes=classes,
+        dim=128,
         classifier_hidden=256,
         dropout=0.4,
         input_dropout=0.5,
@@ -279,14 +280,15 @@ def compact(widths: dict[str, int], classes: tuple[str, ...] = MELD_EMOTIONS) ->
         fusion=FusionConfig(layers=1),
     )
     training = TrainingConfig(
-        epochs=18,
-        batch_size=16,
+        epochs=26,
+        batch_size=32,
         optimizer="adamw",
-        learning_rate=5e-4,
+        learning_rate=1.5e-3,
         weight_decay=0.1,
         lr_decay=1.0,
         gradient_clip=1.0,
         ema_decay=0.998,
+        loss=LossConfig(balance=0.2),
     )
     return Preset(model, training)
 

@@ -91,6 +91,35 @@ class DialogueRNN(nn.Module):
         return torch.relu(self.dropout(e))
 
 
+class GRUContext(nn.Module):
+    """Context of a dialogue by two plain GRUs beside the utterance: ``r + dropout([GRU_f(r); GRU_r(r)])``, r = relu(u).
+
+    Source: ours; the recurrence of bc-LSTM (Poria et al. 2017, ACL P17-1081) with GRUs and a residual. It knows no
+    speakers, trains on less data than DialogueRNN, and costs one call for all utterances.
+
+    Args:
+        dim: Width D of input and output, even: each direction has half of it.
+        dropout: Probability.
+    """
+
+    def __init__(self, dim: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.forward_gru = nn.GRU(dim, dim // 2, batch_first=True)
+        self.reverse_gru = nn.GRU(dim, dim // 2, batch_first=True)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(
+        self, u: Float[Tensor, "B L D"], speakers: Int[Tensor, "B L"], mask: Bool[Tensor, "B L"]
+    ) -> Float[Tensor, "B L D"]:
+        """Contextual features [B, L, D]; an utterance's depend on its own dialogue's utterances only."""
+        u = torch.relu(u)
+        order = reversed_order(mask).unsqueeze(-1)  # its own inverse
+        ahead, _ = self.forward_gru(u)
+        back, _ = self.reverse_gru(u.gather(1, order.expand_as(u)))
+        context = torch.cat([ahead, back.gather(1, order.expand_as(back))], dim=-1)
+        return u + self.dropout(context)
+
+
 def reversed_order(mask: Tensor) -> Tensor:
     """Indices [B, L] that reverse each row's own utterances and leave its padding where it is."""
     L = mask.shape[1]
@@ -114,7 +143,11 @@ class ModalityEncoder(nn.Module):
         self.projection = nn.Linear(config.features, dim)
         self.dropout = nn.Dropout(dropout)
         context: Context = config.context
-        self.context = None if context == "none" else DialogueRNN(dim, context == "bidirectional", dropout)
+        self.context: DialogueRNN | GRUContext | None = None
+        if context == "gru":
+            self.context = GRUContext(dim, dropout)
+        elif context != "none":
+            self.context = DialogueRNN(dim, context == "bidirectional", dropout)
 
     def forward(
         self, features: Float[Tensor, "B L F"], speakers: Int[Tensor, "B L"], mask: Bool[Tensor, "B L"]

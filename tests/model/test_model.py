@@ -34,7 +34,7 @@ def part(batch, rows, L, order=None):
     shared=st.booleans(),
     keys=st.sampled_from(["features", "layer"]),
     modalities=st.sampled_from(SUBSETS),
-    contexts=st.permutations(["none", "forward", "bidirectional"]),
+    contexts=st.permutations(["none", "forward", "bidirectional", "gru"]),
 )
 @settings(max_examples=25)
 def test_padding_and_neighbours_never_change_a_prediction(lengths, extra, fire, shared, keys, modalities, contexts):

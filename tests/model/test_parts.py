@@ -6,7 +6,7 @@ from model_helpers import random_batch
 
 from spikeattn import LIF
 from spikemo_model.config import DSWAConfig, FusionConfig
-from spikemo_model.context import DialogueCell, DialogueRNN, reversed_order
+from spikemo_model.context import DialogueCell, DialogueRNN, GRUContext, reversed_order
 from spikemo_model.dswa import DynamicSpikingWeightAdaptation
 from spikemo_model.fusion import MultiAttn
 
@@ -146,3 +146,16 @@ def test_one_modality_has_no_attention():
     for layer in fusion.stacks["text"]:
         x = layer.norms[0](x + layer.feed_forward(x))
     assert torch.equal(out, x)
+
+
+def test_gru_context_is_two_grus_beside_the_utterance():
+    lengths, D = [4, 1, 3], 6
+    context = GRUContext(D).double().eval()
+    mask = torch.arange(5) < torch.tensor(lengths).unsqueeze(1)
+    u = torch.randn(3, 5, D, dtype=torch.float64)
+    out = context(u, torch.zeros(3, 5).long(), mask)
+    for b, L in enumerate(lengths):
+        own = torch.relu(u[b : b + 1, :L])
+        ahead, _ = context.forward_gru(own)
+        back, _ = context.reverse_gru(own.flip(1))
+        torch.testing.assert_close(out[b : b + 1, :L], own + torch.cat([ahead, back.flip(1)], -1), rtol=0, atol=1e-12)
