@@ -1,0 +1,122 @@
+"""Interleaved timing: A B A B ..., on the same inputs, in one process."""
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from benchmarks.registry import Case, Contender
+
+_L2_BYTES = 256 * 2**20
+
+
+class Times(NamedTuple):
+    """Seconds of the first call, which compiles, and of each measured call."""
+
+    first: float
+    samples: list[float]
+
+    @property
+    def median(self) -> float:
+        """Median of the samples, in seconds."""
+        return statistics.median(self.samples)
+
+    def percentile(self, share: float) -> float:
+        """The sample below which ``share`` of them lie."""
+        ordered = sorted(self.samples)
+        return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+
+
+def interleaved(runs: dict[str, Callable[[], object]], device: str, seconds: float, most: int = 50) -> dict[str, Times]:
+    """Time each of ``runs`` in turn, round after round, until ``seconds`` have gone by (three rounds at least)."""
+    clock = _cuda_seconds if device == "cuda" else _cpu_seconds
+    first = {name: clock(run) for name, run in runs.items()}
+    for run in runs.values():
+        clock(run)  # warm-up: caches, thread pools, allocator
+    samples: dict[str, list[float]] = {name: [] for name in runs}
+    end = time.perf_counter() + seconds
+    for rounds in range(most):
+        if rounds >= 3 and time.perf_counter() > end:
+            break
+        for name, run in runs.items():
+            samples[name].append(clock(run))
+    return {name: Times(first[name], samples[name]) for name in runs}
+
+
+def _cpu_seconds(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def _cuda_seconds(run: Callable[[], object]) -> float:
+    torch.empty(_L2_BYTES, dtype=torch.int8, device="cuda").zero_()  # nothing of the last run is left in the cache
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    run()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def kept_bytes(output: Callable[[], Tensor]) -> int:
+    """Bytes that autograd keeps for the backward of one forward pass, each storage once."""
+    kept: dict[int, int] = {}
+
+    def pack(x: Tensor) -> Tensor:
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        output()
+    return sum(kept.values())
+
+
+def copy_bandwidth(device: str, nbytes: int = 2**28) -> float:
+    """Bytes read and written a second by a copy of ``nbytes``, on this machine, now."""
+    a, b = (torch.ones(nbytes // 4, device=device) for _ in range(2))
+    times = interleaved({"copy": lambda: b.copy_(a)}, device, seconds=1.0)["copy"]
+    return 2 * nbytes / times.median
+
+
+def measure(case: Case, device: str, seconds: float) -> dict[str, object]:
+    """Times and memory of every contender of a case, as plain values."""
+    contenders = [case.ours, *case.peers]
+    row: dict[str, object] = {"case": case.name, "sizes": case.sizes, "ours": case.ours.name, "absent": case.absent}
+    row["bytes"] = {"forward": case.forward_bytes, "training": case.training_bytes}
+    for what in ("forward", "training"):
+        times = interleaved({c.name: getattr(c, what) for c in contenders}, device, seconds)
+        row[what] = {
+            name: {
+                "first_s": t.first,
+                "median_s": t.median,
+                "p20_s": t.percentile(0.2),
+                "p80_s": t.percentile(0.8),
+                "samples_s": t.samples,
+            }
+            for name, t in times.items()
+        }
+    row["kept_bytes"] = {c.name: kept_bytes(c.output) for c in contenders}
+    return row
+
+
+def contender(name: str, model: Callable[[Tensor], Tensor], x: Tensor) -> Contender:
+    """A contender that runs ``model`` on ``x``, with a fixed gradient at its output."""
+    leaf = x.detach().requires_grad_()
+    weight = torch.randn_like(x)
+
+    def output() -> Tensor:
+        return model(leaf)
+
+    def training() -> None:
+        leaf.grad = None
+        model(leaf).backward(weight)
+
+    def forward() -> Tensor:
+        with torch.no_grad():
+            return model(x)
+
+    return Contender(name, forward, training, output)

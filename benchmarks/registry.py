@@ -1,0 +1,65 @@
+"""What a benchmark is: a case, and the contenders that run it."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One implementation of a case, on inputs that it made beforehand.
+
+    Args:
+        name: E.g. "spikeattn numba".
+        forward: Runs inference.
+        training: Runs forward and backward; returns nothing.
+        output: Of one forward pass with gradients, so that what is kept for the backward can be counted.
+    """
+
+    name: str
+    forward: Callable[[], object]
+    training: Callable[[], object]
+    output: Callable[[], Tensor]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One size of a suite, and who runs it.
+
+    Args:
+        name: E.g. "T=32 N=262144 float32".
+        sizes: The same by symbol, for plots.
+        ours: The contender the ratios are for.
+        peers: The others.
+        absent: Peers that cannot run, with the reason.
+        forward_bytes: What a forward pass must move at least, for the roof; 0 where memory is not the roof.
+        training_bytes: The same for forward and backward.
+    """
+
+    name: str
+    sizes: dict[str, int | str]
+    ours: Contender
+    peers: Sequence[Contender]
+    absent: dict[str, str] = field(default_factory=dict)
+    forward_bytes: int = 0
+    training_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Suite:
+    """A set of cases.
+
+    Args:
+        name: As on the command line.
+        tests: What pytest must pass before any time is printed.
+        cases: Makes the cases one after another, so that one case's tensors are gone before the next: called with
+            the device and whether to be quick (size 1).
+    """
+
+    name: str
+    tests: Sequence[str]
+    cases: Callable[[str, bool], "CaseMakers"]
+
+
+CaseMakers = Sequence[Callable[[], Case]]

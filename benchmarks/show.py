@@ -1,0 +1,121 @@
+"""Tables and plots of committed results: ``python -m benchmarks.show`` writes docs/benchmarks.md and its pictures."""
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+ROOT = Path(__file__).parent.parent
+PAGE, PLOTS = ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "benchmarks"
+
+Row = dict[str, Any]
+_INTRODUCTION = """# Benchmarks
+
+Written by `python -m benchmarks.show` from `benchmarks/results/`; numbers are measured by `python -m benchmarks.run`.
+Ours and the peers are timed alternately in one process on the same inputs; a time is the median, with the 20th and 80th
+percentile in brackets; compilation and warm-up are left out. A ratio above 1 says that ours is faster. *kept* is what
+autograd holds for the backward. Results on a GPU: not measured."""
+KINDS = {"forward": "forward (inference)", "training": "forward + backward"}
+
+
+def row_summary(row: Row) -> str:
+    """One line: our time, and each peer's as a multiple of it."""
+    parts = []
+    for kind in KINDS:
+        ours = row[kind][row["ours"]]["median_s"]
+        peers = [f"{name} {t['median_s'] / ours:.2f}x" for name, t in row[kind].items() if name != row["ours"]]
+        parts.append(f"{kind} {1e3 * ours:.2f} ms ({', '.join(peers)})")
+    return f"{row['case']}: {'; '.join(parts)}"
+
+
+def main() -> None:
+    """Write the page and its plots from every file of results."""
+    sections = [_INTRODUCTION]
+    for path in sorted((ROOT / "benchmarks" / "results").glob("*.json")):
+        results = json.loads(path.read_text(encoding="utf-8"))
+        for suite, measured in results["suites"].items():
+            sections.append(_section(path.stem, suite, measured))
+    PAGE.write_text("\n\n".join(sections) + "\n", encoding="utf-8")
+
+
+def _section(machine: str, suite: str, measured: dict[str, Any]) -> str:
+    """Heading, machine, one table for each kind, and the plot of a suite."""
+    facts, rows = measured["machine"], measured["rows"]
+    versions = ", ".join(f"{name} {found}" for name, found in facts["versions"].items())
+    lines = [
+        f"## {suite}, {facts['device']}",
+        f"{facts['date']}, commit {facts['commit']}; {versions}; copies {facts['copy_bytes_per_s'] / 1e9:.1f} GB/s. "
+        f"`python -m benchmarks.run --suite {suite}`",
+    ]
+    for kind, title in KINDS.items():
+        lines.append(f"**{title}**\n\n" + _table(rows, kind, facts["copy_bytes_per_s"]))
+    absent = {name: reason for row in rows for name, reason in row["absent"].items()}
+    lines += [f"{name}: not run; {reason}." for name, reason in absent.items()]
+    figure = f"{machine}-{suite}.svg"
+    _plot(rows, suite, PLOTS / figure)
+    lines.append(f"![Speed of {suite} beside its peers](benchmarks/{figure})")
+    return "\n\n".join(lines)
+
+
+def _table(rows: Sequence[Row], kind: str, bandwidth: float) -> str:
+    """Ours in ms, share of the copy bandwidth, memory kept; then each peer as a ratio; geometric means last."""
+    peers = list(dict.fromkeys(name for row in rows for name in row[kind] if name != row["ours"]))
+    head = ["case", "ours, ms", "of the roof", "kept, MB", *(f"{p}, ratio" for p in peers)]
+    body = []
+    for row in rows:
+        ours = row[kind][row["ours"]]
+        roof = row["bytes"][kind] / ours["median_s"] / bandwidth
+        cells = [
+            row["case"],
+            f"{1e3 * ours['median_s']:.2f} ({1e3 * ours['p20_s']:.2f}-{1e3 * ours['p80_s']:.2f})",
+            f"{100 * roof:.0f} %" if roof else "-",
+            f"{row['kept_bytes'][row['ours']] / 1e6:.1f}",
+        ]
+        for peer in peers:
+            ratio = _ratio(row, kind, peer)
+            kept = row["kept_bytes"].get(peer, 0) / 1e6
+            cells.append(f"{ratio:.2f} ({kept:.1f} MB)" if ratio else "-")
+        body.append(cells)
+    for dtype in dict.fromkeys(row["sizes"]["dtype"] for row in rows):
+        own = [row for row in rows if row["sizes"]["dtype"] == dtype]
+        means = [geometric_mean([r for row in own if (r := _ratio(row, kind, peer))]) for peer in peers]
+        body.append([f"geometric mean, {dtype}", "", "", "", *(f"{m:.2f}" if m else "-" for m in means)])
+    lines = [head, ["---"] * len(head), *body]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _ratio(row: Row, kind: str, peer: str) -> float | None:
+    """Median time of the peer over ours; None where it did not run."""
+    if peer not in row[kind]:
+        return None
+    return row[kind][peer]["median_s"] / row[kind][row["ours"]]["median_s"]
+
+
+def geometric_mean(values: Sequence[float]) -> float | None:
+    """None of nothing."""
+    return math.exp(sum(map(math.log, values)) / len(values)) if values else None
+
+
+def _plot(rows: Sequence[Row], suite: str, path: Path) -> None:
+    """Speed-up over each peer, case by case; 1 is as fast as ours."""
+    figure = Figure(figsize=(9, 1.5 + 0.42 * len(rows)), layout="constrained")
+    for axes, (kind, title) in zip(figure.subplots(1, 2, sharey=True), KINDS.items(), strict=True):
+        peers = list(dict.fromkeys(name for row in rows for name in row[kind] if name != row["ours"]))
+        height = 0.8 / max(1, len(peers))
+        for i, peer in enumerate(peers):
+            places = [y + i * height - 0.4 for y in range(len(rows))]
+            axes.barh(places, [_ratio(row, kind, peer) or 0 for row in rows], height, align="edge", label=peer)
+        axes.axvline(1, color="black", linewidth=0.8)
+        axes.set_yticks(range(len(rows)), [row["case"] for row in rows])
+        axes.set(title=title, xlabel=f"time of the peer / time of ours, {suite}")
+        axes.legend(fontsize="small")
+    figure.axes[0].invert_yaxis()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Date": None})
+
+
+if __name__ == "__main__":
+    main()

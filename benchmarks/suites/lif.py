@@ -1,0 +1,51 @@
+"""LIF over T steps of N neurons: ours, SpikingJelly's, snnTorch's, norse's, and torch.compile of the loop."""
+
+from functools import partial
+
+import torch
+
+from benchmarks.measure import contender
+from benchmarks.registry import Case, CaseMakers, Suite
+from benchmarks.suites import peers
+from spikeattn import LIF as OurLIF
+from spikeattn import ATan
+
+TAU = 2.0
+STEPS = (1, 4, 16, 32, 128, 512)
+NEURONS = 2**18
+_MOST_ELEMENTS = 2**25  # of one tensor, on a CPU
+
+
+def cases(device: str, quick: bool) -> CaseMakers:
+    """One case a T and storage type."""
+    sizes = [(2, 64)] if quick else [(T, min(NEURONS, _MOST_ELEMENTS // T)) for T in STEPS]
+    return [partial(_case, T, N, dtype, device) for dtype in (torch.float32, torch.bfloat16) for T, N in sizes]
+
+
+def _case(T: int, N: int, dtype: torch.dtype, device: str) -> Case:
+    x = torch.randn(T, N, device=device).mul_(2).to(dtype)
+    ours = OurLIF(TAU, surrogate_function=ATan(), detach_reset=True)
+    models, absent = peers.available(
+        {
+            "SpikingJelly 2.0.0": lambda: peers.spikingjelly_lif(TAU),
+            "torch.compile of the loop": lambda: peers.compiled_loop(TAU),
+            "snnTorch": lambda: peers.snntorch_lif(TAU),
+            "norse": lambda: peers.norse_lif(TAU),
+        }
+    )
+    if T > 32 and "torch.compile of the loop" in models:
+        del models["torch.compile of the loop"]
+        absent["torch.compile of the loop"] = "unrolls the loop: compiling T > 32 takes minutes"
+    size = x.element_size()
+    return Case(
+        name=f"T={T} N={N} {str(dtype).removeprefix('torch.')}",
+        sizes={"T": T, "N": N, "dtype": str(dtype).removeprefix("torch.")},
+        ours=contender("spikeattn", ours, x),
+        peers=[contender(name, model, x) for name, model in models.items()],
+        absent=absent,
+        forward_bytes=2 * size * T * N,
+        training_bytes=5 * size * T * N,
+    )
+
+
+LIF = Suite("lif", ["tests/ops/test_lif.py"], cases)

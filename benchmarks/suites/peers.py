@@ -1,0 +1,76 @@
+"""The peers, each at its best setting; one that cannot run says why."""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from spikingjelly.activation_based import neuron, surrogate
+from torch import Tensor
+
+from spikeattn import ATan
+from spikeattn.ops.lif.reference import lif_reference
+
+Model = Callable[[Tensor], Tensor]
+
+
+def spikingjelly_lif(tau: float) -> Model:
+    """SpikingJelly 2.0.0: a Python loop on a CPU, its fused kernel on a GPU; reset before each call."""
+    node = neuron.LIFNode(tau, detach_reset=True, surrogate_function=surrogate.ATan(), step_mode="m")
+
+    def run(x: Tensor) -> Tensor:
+        node.reset()
+        return node(x)
+
+    return run
+
+
+def compiled_loop(tau: float) -> Model:
+    """``torch.compile`` of the plain loop over T with autograd."""
+    settings = (tau, True, 1.0, 0.0, True, ATan())
+
+    @partial(torch.compile, dynamic=False)
+    def loop(x: Tensor) -> Tensor:
+        return lif_reference(x, x.new_zeros(x.shape[1:]), None, x.shape[0], *settings)[0]
+
+    return loop
+
+
+def snntorch_lif(tau: float) -> Model:
+    """snnTorch's Leaky, stepped in Python; its input is not divided by tau: another scale, the same work."""
+    import snntorch
+
+    leaky = snntorch.Leaky(beta=1 - 1 / tau, spike_grad=snntorch.surrogate.atan(alpha=2.0), reset_mechanism="zero")
+
+    def run(x: Tensor) -> Tensor:
+        v = torch.zeros_like(x[0])
+        spikes = []
+        for x_t in x:
+            s, v = leaky(x_t, v)
+            spikes.append(s)
+        return torch.stack(spikes)
+
+    return run
+
+
+def norse_lif(tau: float) -> Model:
+    """norse's LIF box neurons (no synaptic current), stepped by its own sequence lifting."""
+    import norse.torch as norse
+
+    parameters = norse.LIFBoxParameters(tau_mem_inv=torch.tensor(1000.0 / tau), v_th=torch.tensor(1.0))
+    layer = norse.Lift(norse.LIFBoxCell(parameters))
+
+    def run(x: Tensor) -> Tensor:
+        return layer(x)[0]
+
+    return run
+
+
+def available(makers: dict[str, Callable[[], Model]]) -> tuple[dict[str, Model], dict[str, str]]:
+    """Models by name, and the reasons of those whose library is not here."""
+    models, absent = {}, {}
+    for name, make in makers.items():
+        try:
+            models[name] = make()
+        except ImportError as error:
+            absent[name] = f"cannot be imported: {error}"
+    return models, absent

@@ -1,0 +1,47 @@
+"""The benchmarks' scripts run, at size 1, and their page says what the results hold. No time is asserted."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.show import _table, geometric_mean
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_every_suite_runs_at_size_1():
+    command = [sys.executable, "-m", "benchmarks.run", "--quick"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = done.stdout.splitlines()
+    assert sum(line.startswith("T=2 N=64") for line in lines) == 2
+    assert sum(line.startswith("T=2 rows=4 D=16") for line in lines) == 2
+    assert all("SpikingJelly 2.0.0" in line for line in lines)
+
+
+def test_ratios_are_the_peers_time_over_ours():
+    def times(median):
+        return {"median_s": median, "p20_s": median, "p80_s": median}
+
+    row = {
+        "case": "T=4",
+        "sizes": {"dtype": "float32"},
+        "ours": "spikeattn",
+        "bytes": {"forward": 4_000_000},
+        "forward": {"spikeattn": times(0.002), "peer": times(0.006)},
+        "kept_bytes": {"spikeattn": 1_000_000, "peer": 3_000_000},
+    }
+    table = _table([row], "forward", bandwidth=4e9)
+    assert "| T=4 | 2.00 (2.00-2.00) | 50 % | 1.0 | 3.00 (3.0 MB) |" in table
+    assert geometric_mean([2.0, 8.0]) == pytest.approx(4.0)
+
+
+def test_committed_results_are_complete():
+    for path in (ROOT / "benchmarks" / "results").glob("*.json"):
+        for suite in json.loads(path.read_text(encoding="utf-8"))["suites"].values():
+            assert {"device", "versions", "commit", "copy_bytes_per_s"} <= set(suite["machine"])
+            for row in suite["rows"]:
+                assert set(row["sizes"]) and len(row["training"][row["ours"]]["samples_s"]) >= 3
