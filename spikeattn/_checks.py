@@ -12,7 +12,9 @@ _STORAGE = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 def check_floating(op: str, name: str, x: Tensor) -> None:
-    """``x`` has a dtype that the ops store: float32, float64, float16 or bfloat16."""
+    """``x`` is a tensor of a dtype that the ops store: float32, float64, float16 or bfloat16."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor, got {type(x).__name__}.")
     if x.dtype not in _STORAGE:
         raise TypeError(f"{op}: {name} must be float32, float64, float16 or bfloat16, got {x.dtype}.")
 
@@ -40,6 +42,19 @@ def check_tau(op: str, tau: float, name: str = "tau") -> None:
         raise ValueError(f"{op}: {name} must be > 1 time step, got {tau}.")
 
 
+def check_finite(op: str, name: str, value: float) -> None:
+    """``value`` is neither NaN nor infinite."""
+    if not math.isfinite(value):
+        raise ValueError(f"{op}: {name} must be finite, got {value}.")
+
+
+def check_eps(op: str, eps: float) -> None:
+    """What is added to a variance is positive, so that a constant row does not divide by zero."""
+    check_finite(op, "eps", eps)
+    if eps <= 0:
+        raise ValueError(f"{op}: eps must be > 0, got {eps}.")
+
+
 def check_potentials(op: str, v_threshold: float, v_reset: float | None) -> None:
     """The threshold is finite and lies above the reset, so that a neuron at rest is silent."""
     rest = 0.0 if v_reset is None else v_reset
@@ -58,7 +73,8 @@ def check_heads(op: str, dim: int, num_heads: int) -> None:
 
 
 def check_tokens(op: str, x: Tensor, dim: int) -> None:
-    """``x`` is ``[T, B, L, dim]``."""
+    """``x`` is floating ``[T, B, L, dim]``."""
+    check_floating(op, "x", x)
     if x.ndim != 4 or x.shape[-1] != dim:
         raise ValueError(f"{op}: x must be [T, B, L, D] with D = {dim}, got shape {tuple(x.shape)}.")
     check_time_major(op, "x", x)

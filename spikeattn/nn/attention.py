@@ -86,6 +86,7 @@ class SpikingSelfAttention(nn.Module):
         super().__init__()
         _checks.check_heads("SpikingSelfAttention", dim, num_heads)
         _checks.check_choice("SpikingSelfAttention", "fire", fire, ("output", "map"))
+        _checks.check_finite("SpikingSelfAttention", "scale", scale)
         options = SpikingOptions(
             norm, tau, v_threshold, v_reset, surrogate_function, detach_reset, init, backend, device, dtype
         )

@@ -208,6 +208,7 @@ def test_norm_gain_moves_a_membrane_by_one_threshold(tau):
         (lambda: SpikingSelfAttention(D, H, norm="group"), "norm must be one of 'layer', 'batch'"),
         (lambda: SpikingSelfAttention(D, H, init="lucky"), "init must be one of"),
         (lambda: SpikingSelfAttention(D, H, tau=0.5), "tau must be > 1"),
+        (lambda: SpikingSelfAttention(D, H, scale=float("nan")), "scale must be finite, got nan"),
         (lambda: SpikingTransformer(D, 0, H), "depth must be at least 1, got 0"),
         (lambda: SpikingMLP(D, mlp_ratio=0.0), "must be at least 1"),
         (lambda: SpikingSelfAttention(D, H)(torch.zeros(T, B, L, D + 1)), r"D = 32, got shape \(4, 3, 6, 33\)"),
@@ -226,3 +227,5 @@ def test_bad_masks_are_named():
         attention(x, torch.zeros(B, L - 1, dtype=torch.bool))
     with pytest.raises(TypeError, match="True at padding, got"):
         attention(x, torch.zeros(B, L))
+    with pytest.raises(TypeError, match="x must be float32, .*got torch.int64"):
+        attention(x.long())

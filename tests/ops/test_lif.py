@@ -263,6 +263,11 @@ def test_bad_input_is_named(kwargs, message):
         lif(kwargs.pop("x"), kwargs.pop("v0", None), **kwargs)
 
 
+def test_what_is_no_tensor_is_refused():
+    with pytest.raises(TypeError, match="x must be a tensor, got list"):
+        lif([[1.0, 2.0]])
+
+
 def test_integers_are_refused():
     with pytest.raises(TypeError, match="x must be float32"):
         integrate(torch.zeros(2, 3, dtype=torch.long), None, None, 2.0, True, 1.0, 0.0, True, ATan(), False, "auto")

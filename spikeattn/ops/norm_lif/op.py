@@ -72,7 +72,7 @@ def norm_lif(
 
     Raises:
         ValueError: ``x`` has no time or feature axis or T is 0; ``weight``, ``bias``, ``v0`` or ``padding_mask``
-            does not fit it; tau <= 1; the threshold is not above the reset.
+            does not fit it; eps <= 0; tau <= 1; the threshold is not above the reset.
         TypeError: ``x`` is not a floating tensor; ``padding_mask`` is not bool; ``surrogate`` is not callable.
         BackendUnavailableError: The named backend cannot run here; the message says why.
 
@@ -84,6 +84,7 @@ def norm_lif(
     _checks.check_floating("norm_lif", "x", x)
     _checks.check_time_major("norm_lif", "x", x)
     _checks.check_norm("norm_lif", x, weight, bias, padding_mask)
+    _checks.check_eps("norm_lif", eps)
     _checks.check_tau("norm_lif", tau)
     _checks.check_potentials("norm_lif", v_threshold, v_reset)
     if v0 is None:
