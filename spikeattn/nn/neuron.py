@@ -104,7 +104,9 @@ class _Neuron(neuron.BaseNode):
         x = inputs[0][0] if step_mode == "m" else inputs[0]
         v = states[0]
         if not isinstance(v, Tensor):
-            return (torch.full(x.shape, v, dtype=state_dtype(x), device=x.device), *states[1:])
+            # full_like, which spikingjelly's memory counter knows, as in its own neurons.
+            v = torch.full_like(x, v, dtype=state_dtype(x), memory_format=torch.contiguous_format, requires_grad=False)
+            return (v, *states[1:])
         if v.shape != x.shape:
             raise ValueError(
                 f"{type(self).__name__}: the stored potential has shape {tuple(v.shape)}, but this input needs "

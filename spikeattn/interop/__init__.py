@@ -1,0 +1,1 @@
+"""What meets other projects' models: spikingjelly's operation counters, and NIR graphs."""

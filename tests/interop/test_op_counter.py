@@ -1,0 +1,165 @@
+"""spikingjelly's operation counters see our fused neurons as they see its own."""
+
+import copy
+
+import pytest
+import torch
+from spikingjelly.activation_based import functional, neuron, op_counter, surrogate
+from torch import nn
+
+import spikeattn
+from spikeattn.interop import spikingjelly as rules
+
+COUNTERS = {
+    op_counter.FlopCounter: rules.flop_rules,
+    op_counter.MACCounter: rules.mac_rules,
+    op_counter.ACCounter: rules.ac_rules,
+    op_counter.SynOpCounter: rules.synop_rules,
+    op_counter.MemoryAccessCounter: rules.memory_access_rules,
+}
+every_counter = pytest.mark.parametrize(("kind", "extra"), COUNTERS.items(), ids=lambda v: getattr(v, "__name__", ""))
+
+
+class NormedNode(nn.Module):
+    """spikingjelly's neuron with the call of our `LIF`: after a norm, and silent at padding, if they are given."""
+
+    def __init__(self, ours: spikeattn.LIF) -> None:
+        super().__init__()
+        theirs = getattr(surrogate, type(ours.surrogate_function).__name__)(ours.surrogate_function.alpha)
+        self.tau = ours.tau
+        options = {"surrogate_function": theirs, "detach_reset": ours.detach_reset, "step_mode": "m"}
+        self.node = neuron.LIFNode(ours.tau, ours.decay_input, ours.v_threshold, ours.v_reset, **options)
+
+    def forward(self, x_seq, norm=None, padding_mask=None):
+        x_seq = x_seq if norm is None else norm(x_seq)
+        return self.node(x_seq if padding_mask is None else x_seq.masked_fill(padding_mask.unsqueeze(-1), 0.0))
+
+
+def with_their_nodes(model: nn.Module) -> nn.Module:
+    """A copy of the model with spikingjelly's neurons in the place of ours."""
+    model = copy.deepcopy(model)
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, spikeattn.LIF):
+                setattr(module, name, NormedNode(child))
+    return model
+
+
+def totals(model, x, counter, backward, calls=1):
+    """Counts by scope of ``calls`` forward passes, and of one backward through them all."""
+    model.zero_grad()  # adding to a gradient of before would be counted
+    with op_counter.DispatchCounterMode([counter]):
+        out = sum(model(x).sum() for _ in range(calls))
+        if backward:
+            out.backward()
+    sums = {scope: sum(counts.values()) for scope, counts in counter.get_counts().items()}
+    return {scope: total for scope, total in sums.items() if total}
+
+
+PAIRS = [
+    (spikeattn.LIF, neuron.LIFNode, {}),
+    (spikeattn.LIF, neuron.LIFNode, {"decay_input": False, "tau": 3.0, "detach_reset": True}),
+    (spikeattn.LIF, neuron.LIFNode, {"v_reset": None, "store_v_seq": True}),
+    (spikeattn.LIF, neuron.LIFNode, {"v_reset": 0.25}),
+    (spikeattn.IF, neuron.IFNode, {}),
+    (spikeattn.ParametricLIF, neuron.ParametricLIFNode, {}),
+    (spikeattn.ParametricLIF, neuron.ParametricLIFNode, {"decay_input": False, "v_reset": None}),
+]
+
+
+@every_counter
+@pytest.mark.parametrize(("ours", "theirs", "options"), PAIRS)
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("T", [1, 4])
+def test_linear_and_neuron_count_like_spikingjelly(kind, extra, ours, theirs, options, backward, T):
+    linear = nn.Linear(6, 5)
+    x = (torch.rand(T, 3, 6) < 0.5).float()
+    a = totals(nn.Sequential(linear, ours(**options)), x, kind(extra_rules=extra()), backward)
+    b = totals(nn.Sequential(linear, theirs(step_mode="m", **options)), x, kind(), backward)
+    assert a.get("Global") == b.get("Global")
+    if not backward:
+        assert a.get("Sequential.1", 0) == b.get("Sequential.1", 0)
+    assert a or kind is op_counter.MACCounter
+
+
+@every_counter
+@pytest.mark.parametrize("name", spikeattn.ops.surrogate._BY_CLASS_NAME)
+def test_every_surrogate_counts_like_spikingjelly(kind, extra, name):
+    x = torch.randn(3, 4)
+    linear = nn.Linear(4, 4)
+    a = nn.Sequential(linear, spikeattn.LIF(surrogate_function=getattr(spikeattn, name)(1.5)))
+    b = nn.Sequential(linear, neuron.LIFNode(step_mode="m", surrogate_function=getattr(surrogate, name)(1.5)))
+    assert totals(a, x, kind(extra_rules=extra()), True).get("Global") == totals(b, x, kind(), True).get("Global")
+
+
+@every_counter
+def test_streaming_counts_like_spikingjelly(kind, extra):
+    linear, x = nn.Linear(6, 5), torch.randn(4, 3, 6)
+    ours = nn.Sequential(linear, spikeattn.LIF(stateful=True))
+    theirs = nn.Sequential(linear, neuron.LIFNode(step_mode="m"))
+    assert totals(ours, x, kind(extra_rules=extra()), True, 3) == totals(theirs, x, kind(), True, 3)
+
+
+@every_counter
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("padded", [False, True])
+def test_transformer_block_counts_like_spikingjelly(kind, extra, backward, padded):
+    model = spikeattn.SpikingTransformerBlock(8, num_heads=2, mlp_ratio=2.0)
+    x = torch.randn(3, 2, 5, 8)
+    mask = torch.arange(5) >= torch.tensor([[5], [3]]) if padded else None
+
+    def run(model, counter):
+        with op_counter.DispatchCounterMode([counter]):
+            out = model(x, mask).sum()
+            if backward:
+                out.backward()
+        return counter.get_total()
+
+    assert run(model, kind(extra_rules=extra())) == run(with_their_nodes(model), kind())
+
+
+@pytest.mark.parametrize("kind", [op_counter.FlopCounter, op_counter.ACCounter, op_counter.MemoryAccessCounter])
+def test_without_rules_a_fused_neuron_counts_nothing_and_is_reported(kind):
+    counter = kind()
+    with op_counter.DispatchCounterMode([counter]) as mode:
+        spikeattn.LIF()(torch.randn(4, 5))
+    assert counter.get_total() == 0
+    assert "spikeattn.lif_forward.default" in mode.get_unsupported(counter)
+
+
+def test_rules_satisfy_a_strict_mode():
+    counter = op_counter.FlopCounter(extra_rules=rules.flop_rules())
+    x = torch.rand(4, 5)
+    with op_counter.DispatchCounterMode([counter], strict=True):
+        spikeattn.LIF()(x)
+    assert counter.get_total() == 4 * 5 * 10
+
+
+def test_a_custom_surrogate_is_counted():
+    fire = spikeattn.CustomSurrogate(torch.sigmoid, lambda x: torch.exp(-x.abs()))
+    counter = op_counter.FlopCounter(extra_rules=rules.flop_rules())
+    assert totals(
+        nn.Sequential(nn.Linear(4, 4), spikeattn.LIF(surrogate_function=fire)), torch.randn(3, 4), counter, True
+    )
+
+
+@pytest.mark.parametrize("stateful", [False, True])
+def test_energy_is_that_of_spikingjellys_twin(stateful):
+    linear, x = nn.Linear(6, 5), (torch.rand(4, 3, 6) < 0.5).float()
+    reports = []
+    for node in (spikeattn.LIF(stateful=stateful), neuron.LIFNode(step_mode="m")):
+        model = nn.Sequential(linear, node)
+        profiler = rules.add_rules(op_counter.SimpleEnergyProfiler())
+        profiler.bind_model(model)
+        with profiler, torch.no_grad():
+            model(x)
+            functional.reset_net(model)
+        reports.append(profiler.get_report())
+    assert reports[0].counts == reports[1].counts
+    assert reports[0].energy_total_pj == reports[1].energy_total_pj > 0
+    assert reports[0].counts["neuron_state_read_bytes"] == 4 * 3 * 5 * 4
+
+
+def test_a_counter_without_rules_to_take_is_refused():
+    with pytest.raises(TypeError, match="got NeuronStateCounter"):
+        rules.add_rules(op_counter.NeuronStateCounter())
