@@ -227,5 +227,5 @@ def test_bad_masks_are_named():
         attention(x, torch.zeros(B, L - 1, dtype=torch.bool))
     with pytest.raises(TypeError, match="True at padding, got"):
         attention(x, torch.zeros(B, L))
-    with pytest.raises(TypeError, match="x must be float32, .*got torch.int64"):
+    with pytest.raises(TypeError, match=r"x must be float32, .*got torch\.int64"):
         attention(x.long())
