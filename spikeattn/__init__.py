@@ -3,6 +3,7 @@
 from importlib.metadata import version
 
 from spikeattn._backends import BackendStatus, BackendUnavailableError, SpikeattnError, backend_status
+from spikeattn._report import backend_report
 from spikeattn.nn import (
     IF,
     LIF,
@@ -55,6 +56,7 @@ __all__ = [
     "SpikingTransformerBlock",
     "SuperSpike",
     "Surrogate",
+    "backend_report",
     "backend_status",
     "firing_rates",
     "lif",

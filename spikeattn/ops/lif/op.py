@@ -120,7 +120,7 @@ def integrate(
         v0 = torch.full((), v_rest, dtype=state_dtype(x), device=x.device).expand(x.shape[1:])  # takes no memory
     _checks.check_initial_potential("lif", v0, x)
     surrogate = as_surrogate(surrogate)
-    chosen = resolve_backend(backend, x.device, "lif", lambda name: kernels_take(name, x.dtype, surrogate))
+    chosen = resolve_backend(backend, x.device, "lif", lambda name: lif_kernels_take(name, x, surrogate))
     T = x.shape[0]
     if is_static(x) and not (x.is_leaf and x.requires_grad):  # a leaf's gradient belongs to every step
         x = x[:1]
@@ -135,9 +135,9 @@ def integrate(
     return LIFOutput(spikes, v, v_seq if return_v_seq else None)
 
 
-def kernels_take(backend: Backend, dtype: torch.dtype, surrogate: Callable[[Tensor], Tensor]) -> tuple[bool, str]:
+def lif_kernels_take(backend: Backend, x: Tensor, surrogate: Callable[[Tensor], Tensor]) -> tuple[bool, str]:
     """Whether the fused kernels of ``backend`` take such a call, and if not why."""
-    if dtype == torch.float64:
+    if x.dtype == torch.float64:
         return False, "float64 runs on the plain definition"
     if not isinstance(surrogate, Surrogate):
         return False, f"surrogate {type(surrogate).__name__} is a function of tensors; CustomSurrogate reaches kernels"

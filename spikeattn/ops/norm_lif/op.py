@@ -8,7 +8,7 @@ from torch import Tensor
 
 from spikeattn import _checks
 from spikeattn._backends import Backend, resolve_backend, say_once
-from spikeattn.ops.lif.op import LIFOutput, kernels_take
+from spikeattn.ops.lif.op import LIFOutput, lif_kernels_take
 from spikeattn.ops.lif.reference import is_static, state_dtype
 from spikeattn.ops.norm_lif.cuda import fits
 from spikeattn.ops.norm_lif.reference import norm_lif_backward_reference, norm_lif_reference
@@ -92,7 +92,7 @@ def norm_lif(
         v0 = torch.full((), v_rest, dtype=state_dtype(x), device=x.device).expand(x.shape[1:])  # takes no memory
     _checks.check_initial_potential("norm_lif", v0, x)
     surrogate = as_surrogate(surrogate)
-    chosen = resolve_backend(backend, x.device, "norm_lif", lambda name: _kernels_take(name, x, surrogate))
+    chosen = resolve_backend(backend, x.device, "norm_lif", lambda name: norm_lif_kernels_take(name, x, surrogate))
     T = x.shape[0]
     if is_static(x) and not (x.is_leaf and x.requires_grad):  # a leaf's gradient belongs to every step
         x = x[:1]
@@ -107,11 +107,11 @@ def norm_lif(
     return LIFOutput(spikes, v)
 
 
-def _kernels_take(backend: Backend, x: Tensor, surrogate: Callable[[Tensor], Tensor]) -> tuple[bool, str]:
+def norm_lif_kernels_take(backend: Backend, x: Tensor, surrogate: Callable[[Tensor], Tensor]) -> tuple[bool, str]:
     """Whether the fused kernels of ``backend`` take such a call, and if not why."""
     if backend == "cupy" and not fits(x.shape[-1]):
         return False, f"rows of D = {x.shape[-1]} elements are too wide for the CUDA kernels"
-    return kernels_take(backend, x.dtype, surrogate)
+    return lif_kernels_take(backend, x, surrogate)
 
 
 @torch.library.custom_op("spikeattn::norm_lif_forward", mutates_args=(), device_types=("cpu", "cuda"))
