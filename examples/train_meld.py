@@ -19,6 +19,8 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from spikemo_model.config import ModalityConfig, Preset, compact, meld
 from spikemo_model.data import Corpus, Located, locate_meld
 from spikemo_model.experiment import run_experiment
@@ -82,6 +84,8 @@ def configure(options: argparse.Namespace, corpus: Corpus) -> Preset:
 def main(argv: list[str] | None = None) -> None:
     """Options, configuration, data, training, report."""
     options = parse(argv)
+    if options.preset == "compact":  # as fast at this size, and the result does not depend on the number of cores
+        torch.set_num_threads(1)
     try:
         data_dir = Path(options.data_dir) if options.data_dir else None
         corpus, source = locate_meld(data_dir, options.text)
