@@ -8,7 +8,7 @@ from cases import currents
 from emulator import CUSTOM
 
 from spikeattn import ATan, CustomSurrogate
-from spikeattn.ops.norm_lif.op import _kernels_take
+from spikeattn.ops.norm_lif.op import norm_lif_kernels_take
 
 pytestmark = pytest.mark.kernel
 
@@ -40,7 +40,7 @@ def test_lif_and_norm_lif_have_the_gradients_of_the_definition(emulated, surroga
 
 
 def test_rows_too_wide_for_the_kernels_are_refused_with_the_width():
-    usable, reason = _kernels_take("cupy", torch.zeros(1, 1, 5000), ATan())
+    usable, reason = norm_lif_kernels_take("cupy", torch.zeros(1, 1, 5000), ATan())
     assert not usable
     assert "D = 5000" in reason
-    assert _kernels_take("cupy", torch.zeros(1, 1, 4096), ATan())[0]
+    assert norm_lif_kernels_take("cupy", torch.zeros(1, 1, 4096), ATan())[0]
