@@ -49,10 +49,10 @@ def check_finite(op: str, name: str, value: float) -> None:
 
 
 def check_eps(op: str, eps: float) -> None:
-    """What is added to a variance is positive, so that a constant row does not divide by zero."""
+    """What is added to a variance is a number that cannot make it negative; with 0 a constant row becomes NaN."""
     check_finite(op, "eps", eps)
-    if eps <= 0:
-        raise ValueError(f"{op}: eps must be > 0, got {eps}.")
+    if eps < 0:
+        raise ValueError(f"{op}: eps must be >= 0, got {eps}.")
 
 
 def check_potentials(op: str, v_threshold: float, v_reset: float | None) -> None:

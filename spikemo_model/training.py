@@ -1,5 +1,6 @@
 """Training with Lightning: the module, the data, and one function that runs a whole experiment."""
 
+import atexit
 import json
 import os
 import sys
@@ -271,6 +272,8 @@ def _trainer(
     if bar:
         callbacks.append(TQDMProgressBar(refresh_rate=10))
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if processes > 1:  # else gloo's threads outlive the interpreter now and then, and end the process by abort()
+        atexit.register(_leave_process_group)
     trainer = pl.Trainer(
         accelerator=accelerator,
         devices=processes,
@@ -289,6 +292,12 @@ def _trainer(
         enable_progress_bar=bar,
     )
     return trainer, best
+
+
+def _leave_process_group() -> None:
+    """Stop the threads by which this process talks to the others."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def open_run(run_dir: Path, preset: Preset) -> None:

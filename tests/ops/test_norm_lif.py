@@ -282,7 +282,7 @@ def test_a_module_that_normalises_streams_records_and_fires_the_same():
         ({"v0": torch.zeros(3)}, ValueError, r"\(2, 3\), got \(3,\)"),
         ({"padding_mask": torch.zeros(3).bool()}, ValueError, r"x.shape\[1:-1\] = \(2,\), got \(3,\)"),
         ({"padding_mask": torch.zeros(2)}, TypeError, "bool with True at padding"),
-        ({"eps": 0.0}, ValueError, "eps must be > 0, got 0.0"),
+        ({"eps": -1e-5}, ValueError, "eps must be >= 0, got -1e-05"),
         ({"eps": float("nan")}, ValueError, "eps must be finite, got nan"),
         ({"tau": 1.0}, ValueError, "tau must be > 1"),
         ({"v_threshold": -1.0}, ValueError, "v_threshold must be above"),

@@ -72,7 +72,7 @@ def norm_lif(
 
     Raises:
         ValueError: ``x`` has no time or feature axis or T is 0; ``weight``, ``bias``, ``v0`` or ``padding_mask``
-            does not fit it; eps <= 0; tau <= 1; the threshold is not above the reset.
+            does not fit it; eps < 0; tau <= 1; the threshold is not above the reset.
         TypeError: ``x`` is not a floating tensor; ``padding_mask`` is not bool; ``surrogate`` is not callable.
         BackendUnavailableError: The named backend cannot run here; the message says why.
 
