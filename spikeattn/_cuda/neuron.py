@@ -2,9 +2,10 @@
 
 import math
 
-import numpy as np
 import torch
 from torch import Tensor
+
+from spikeattn._leak import has_exact_reciprocal
 
 STORAGE = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 
@@ -18,7 +19,7 @@ def neuron_constants(tau: float | None, decay_input: bool, v_reset: float | None
     return (
         ("kDecayInput", int(decay_input)),
         ("kHardReset", int(v_reset is not None)),
-        ("kDivide", int(tau is not None and not _has_exact_reciprocal(tau))),
+        ("kDivide", int(tau is not None and not has_exact_reciprocal(tau))),
     )
 
 
@@ -30,19 +31,6 @@ def gradient_constants(detach_reset: bool, surrogate: str, derivative: str | Non
 
 # The forward shares code with the backward, which has to compile.
 NO_GRADIENT = (("kDetachReset", 0), ("kSurrogate", 0))
-
-
-def leak(tau: float | None) -> float:
-    """The number that divides or multiplies: see ``kDivide``. 0 where a tensor takes its place."""
-    if tau is None:
-        return 0.0
-    return 1 / tau if _has_exact_reciprocal(tau) else tau
-
-
-def _has_exact_reciprocal(tau: float) -> bool:
-    """Powers of two, and infinity: to multiply gives the bits of the division, in a tenth of the instructions."""
-    tau = float(np.float32(tau))
-    return math.isinf(tau) or math.frexp(tau)[0] == 0.5
 
 
 def surrogate_scalars(name: str, alpha: float) -> tuple[float, float]:

@@ -10,11 +10,11 @@ from spikeattn._cuda.neuron import (
     as_float,
     as_start,
     gradient_constants,
-    leak,
     neuron_constants,
     surrogate_scalars,
 )
 from spikeattn._cuda.source import Program
+from spikeattn._leak import leak
 
 ELEMENT_BYTES = {"f32": 4, "f16": 2, "bf16": 2}
 

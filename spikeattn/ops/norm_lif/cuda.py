@@ -10,11 +10,11 @@ from spikeattn._cuda.neuron import (
     as_float,
     as_start,
     gradient_constants,
-    leak,
     neuron_constants,
     surrogate_scalars,
 )
 from spikeattn._cuda.source import Program
+from spikeattn._leak import leak
 
 BLOCK = 128  # threads, or one row if that takes more
 MAX_WIDTH = 4096  # elements of a row
