@@ -1,6 +1,11 @@
-"""How kernels are compiled, and when a compiled kernel on disk is still the right one."""
+"""How kernels are compiled and called, and when a compiled kernel on disk is still the right one.
 
+A kernel is a C function of one pointer, so that no thread needs the interpreter. What it points to is a `Frame`.
+"""
+
+import ctypes
 import hashlib
+import struct
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -8,6 +13,10 @@ from types import FunctionType
 from typing import Any
 
 import numba
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
 
 from spikeattn._backends import say_once
 
@@ -16,6 +25,7 @@ _OPTIONS = {"nogil": True, "error_model": "numpy"}
 
 # For a function that belongs into the loop of its caller, where constant flags then fold away.
 inline = partial(numba.njit, forceinline=True, **_OPTIONS)
+helper = partial(numba.njit, **_OPTIONS)
 
 
 def _sources() -> str:
@@ -33,17 +43,86 @@ def _sources() -> str:
 SOURCES = int(_sources()[:15], 16)  # an integer, since compiled code holds it
 
 
-def kernel(function: Callable[..., None]) -> Any:
-    """Compile ``function`` at its first call, and keep the result on disk (``NUMBA_CACHE_DIR`` says where)."""
-    try:
-        return numba.njit(cache=True, **_OPTIONS)(function)
-    except RuntimeError as error:  # numba found no folder that it may write to
-        say_once(f"compiled kernels are not kept on disk ({error}); set NUMBA_CACHE_DIR to a folder to keep them")
-        return numba.njit(**_OPTIONS)(function)
+class Frame:
+    """The arguments of a kernel in memory, by name: ``integers`` (and addresses), then ``floats`` in double."""
+
+    _HEAD = ("next_piece", "finished_pieces", "pieces", "blocks")
+
+    def __init__(self, integers: str, floats: str = "") -> None:
+        self.names = (*integers.split(), *floats.split())
+        self._struct = struct.Struct(f"{len(self._HEAD) + len(integers.split())}q{len(floats.split())}d")
+        fields = [(name, np.int64) for name in (*self._HEAD, *integers.split())]
+        self.record = np.dtype(fields + [(name, np.float64) for name in floats.split()])
+
+    def pack(self, pieces: int, blocks: int, arguments: dict[str, float]) -> ctypes.Array:
+        """The memory that a kernel gets."""
+        frame = ctypes.create_string_buffer(self._struct.size)
+        self._struct.pack_into(frame, 0, 0, 0, pieces, blocks, *[arguments[name] for name in self.names])
+        return frame
+
+    def finished(self, frame: ctypes.Array) -> int:
+        """How many pieces are done."""
+        return self._struct.unpack_from(frame)[1]
 
 
-def with_derivative(compiled: Any, derivative_row: Any) -> Any:
-    """The kernel ``compiled`` with another `derivative_row`; only in memory, since it holds a user's function."""
-    own = compiled.py_func
-    names = {**own.__globals__, "derivative_row": derivative_row}
-    return numba.njit(**_OPTIONS)(FunctionType(own.__code__, names, own.__name__, None, own.__closure__))
+class Kernel:
+    """A compiled kernel. It takes piece after piece of the blocks until none is left, on any number of threads at once.
+
+    Args:
+        function: Of a pointer to a frame; asks `next_blocks` for what to do.
+        frame: What the pointer points to.
+        keep: Whether to keep the result on disk (``NUMBA_CACHE_DIR`` says where).
+    """
+
+    def __init__(self, function: Callable[..., None], frame: Frame, keep: bool = True) -> None:
+        self.function, self.frame = function, frame
+        compile_with = partial(numba.cfunc, types.void(types.voidptr), error_model="numpy")
+        try:
+            compiled = compile_with(cache=keep)(function)
+        except RuntimeError as error:  # numba found no folder that it may write to
+            say_once(f"compiled kernels are not kept on disk ({error}); set NUMBA_CACHE_DIR to a folder to keep them")
+            compiled = compile_with()(function)
+        self.address, self.call = compiled.address, compiled.ctypes
+
+    def with_derivative(self, derivative_row: Any) -> "Kernel":
+        """The same with another `derivative_row`; only in memory, since it holds a user's function."""
+        own = self.function
+        names = {**own.__globals__, "derivative_row": derivative_row}
+        return Kernel(FunctionType(own.__code__, names, own.__name__, None, own.__closure__), self.frame, keep=False)
+
+
+@intrinsic
+def _fetch_add(context, pointer, index, number):
+    """Add ``number`` to the int64 at ``pointer[index]`` and return what was there: atomic."""
+
+    def codegen(context, builder, signature, args):
+        first = builder.bitcast(args[0], ir.IntType(64).as_pointer())
+        return builder.atomic_rmw("add", builder.gep(first, [args[1]]), args[2], "seq_cst")
+
+    return types.int64(types.voidptr, types.int64, types.int64), codegen
+
+
+@intrinsic
+def _pointer(context, address):
+    """An int64 as a pointer."""
+
+    def codegen(context, builder, signature, args):
+        return builder.inttoptr(args[0], context.get_value_type(types.voidptr))
+
+    return types.voidptr(types.int64), codegen
+
+
+@inline
+def memory(address, size, dtype):
+    """``size`` elements from ``address`` on."""
+    return numba.carray(_pointer(address), size, dtype)
+
+
+@inline
+def next_blocks(frame, pieces, blocks, finished):
+    """The next blocks to work on, ``(first, last)``, empty at the end; ``finished`` pieces are counted as done."""
+    _fetch_add(frame, 1, finished)
+    piece = _fetch_add(frame, 0, 1)
+    if piece >= pieces:
+        return 0, 0
+    return blocks * piece // pieces, blocks * (piece + 1) // pieces

@@ -8,11 +8,11 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
-import numba
 import numpy as np
 from torch import Tensor
 
-from spikeattn._cpu.compiler import inline
+from spikeattn._cpu.compiler import helper, inline
+from spikeattn._leak import leak
 
 F = np.float32
 KINDS = (
@@ -66,15 +66,14 @@ def step_row(current, v, out, tau, v_threshold, v_rest, decay_input, divides, ha
 
 @inline
 def grad_row(grad_s, sg, h, carry, out, tau, v_threshold, v_rest, decay_input, divides, hard_reset, detach_reset):
-    """One time step back: dL/dX[t] to ``out``, dL/dV[t-1] to ``carry``, dL/dH[t] in place of the slope ``sg``."""
-    # Two loops: LLVM proves at most eight pairs of rows disjoint, and vectorises nothing beyond that.
+    """One time step back: dL/dX[t] to ``out``, dL/dV[t-1] to ``carry``."""
+    # One loop, two rows written: LLVM proves at most eight pairs of rows disjoint, and vectorises nothing beyond that.
     for i in range(h.size):
         s = fire(h[i], v_threshold)
-        sg[i] = grad_of_h(grad_s[i], sg[i], carry[i], h[i], s, v_threshold, v_rest, hard_reset, detach_reset)
-    for i in range(h.size):
-        through = sg[i] / tau if divides else sg[i] * tau
-        out[i] = through if decay_input else sg[i]
-        carry[i] = sg[i] - through
+        grad_h = grad_of_h(grad_s[i], sg[i], carry[i], h[i], s, v_threshold, v_rest, hard_reset, detach_reset)
+        through = grad_h / tau if divides else grad_h * tau
+        out[i] = through if decay_input else grad_h
+        carry[i] = grad_h - through
 
 
 @inline
@@ -98,30 +97,29 @@ def exp(x):
     return p * low * high
 
 
-def neuron_scalars(tau: float, r_tau: Tensor | None, v_threshold: float, v_reset: float | None) -> tuple[Any, ...]:
-    """What kernels take for ``(tau, v_threshold, v_rest)``: float32, as PyTorch takes a Python number."""
-    return F(tau if r_tau is None else r_tau.item()), F(v_threshold), F(0.0 if v_reset is None else v_reset)
+def neuron_scalars(tau: float, r_tau: Tensor | None, v_threshold: float, v_reset: float | None) -> dict[str, float]:
+    """What a frame takes for a neuron."""
+    tau = leak(tau) if r_tau is None else r_tau.item()
+    return {"tau": tau, "v_threshold": v_threshold, "v_rest": 0.0 if v_reset is None else v_reset}
 
 
-def surrogate_constants(name: str, a: float) -> tuple[int, np.float32, np.float32]:
-    """Which formula of `derivative_row`, and its two constants: computed in double and rounded, as PyTorch does."""
+def surrogate_scalars(name: str, alpha: float) -> dict[str, float]:
+    """What a frame takes for a surrogate: which formula of `derivative_row`, and its two constants."""
     constants = {
-        "sigmoid": (a, 0.0),
-        "atan": (math.pi / 2 * a, a / 2),
-        "piecewise_quadratic": (a, a * a),
-        "piecewise_exp": (-a, a / 2),
-        "soft_sign": (1 / a, 2 * a),
-        "super_spike": (a, 0.0),
-        "erf": (a, a / math.sqrt(math.pi)),
-        "rect": (a, 0.5 / a),
+        "sigmoid": (alpha, 0.0),
+        "atan": (math.pi / 2 * alpha, alpha / 2),
+        "piecewise_quadratic": (alpha, alpha * alpha),
+        "piecewise_exp": (-alpha, alpha / 2),
+        "soft_sign": (1 / alpha, 2 * alpha),
+        "super_spike": (alpha, 0.0),
+        "erf": (alpha, alpha / math.sqrt(math.pi)),
+        "rect": (alpha, 0.5 / alpha),
     }
-    if name not in constants:
-        return -1, F(0.0), F(0.0)
-    first, second = constants[name]
-    return KINDS.index(name), F(first), F(second)
+    a, b = constants.get(name, (0.0, 0.0))  # a derivative of one's own has its constants inside
+    return {"kind": KINDS.index(name) if name in KINDS else -1, "a": a, "b": b}
 
 
-@numba.njit(nogil=True, error_model="numpy")
+@helper
 def derivative_row(kind, h, v_threshold, a, b, sg):
     """Slope of the surrogate at ``h - v_threshold``; formulas and order as in ``ops/surrogate.py``."""
     one = F(1.0)
@@ -160,9 +158,9 @@ def derivative_row(kind, h, v_threshold, a, b, sg):
 @lru_cache(maxsize=64)
 def custom_derivative_row(function: Callable[[float], float]) -> Any:
     """`derivative_row` of a user's function of one float32."""
-    slope = numba.njit(nogil=True, error_model="numpy")(function)
+    slope = helper(function)
 
-    @numba.njit(nogil=True, error_model="numpy")
+    @helper
     def custom_row(kind, h, v_threshold, a, b, sg):
         for i in range(h.size):
             sg[i] = slope(h[i] - v_threshold)

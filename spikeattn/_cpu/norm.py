@@ -2,16 +2,15 @@
 
 import math
 
-import numba
 import numpy as np
 
-from spikeattn._cpu.compiler import inline
+from spikeattn._cpu.compiler import helper, inline
 
 F = np.float32
 PARTIAL_SUMS = 128  # of the definition; `ordered_sum` is written out for it
 
 
-@numba.njit(nogil=True, error_model="numpy")
+@helper
 def ordered_sum(row, partial):
     """`ordered_sum` of the definition; ``partial`` is room for its partial sums."""
     D, p = row.size, partial

@@ -14,28 +14,21 @@ from spikeattn._cpu.compiler import inline
 U = np.uint32
 
 
-def as_array(x: Tensor) -> np.ndarray:
-    """The memory of a contiguous tensor as one axis, 16-bit floats as their bits."""
-    x = x.detach().view(-1)
-    if x.dtype == torch.bfloat16:
-        return x.view(torch.int16).numpy()
-    array = x.numpy()
-    return array.view(np.uint16) if x.dtype == torch.float16 else array
+# The type in which a kernel sees an element.
+ELEMENT = {torch.float32: np.float32, torch.float16: np.uint16, torch.bfloat16: np.int16}
 
 
-def as_rows(x: Tensor) -> tuple[np.ndarray, int]:
-    """``x`` [T, *N] as one axis of memory and the distance between time steps; copied only if a step has gaps."""
-    N = x[0].numel()
-    if x[0].is_contiguous() and N:
-        stride = x.stride(0) if x.shape[0] > 1 else 0
-        return as_array(x.as_strided(((x.shape[0] - 1) * stride + N,), (1,))), stride
-    return as_array(x.contiguous()), N if x.shape[0] > 1 else 0
+def as_rows(x: Tensor) -> tuple[Tensor, int]:
+    """``x`` [T, *N] and the distance between its time steps, in elements; copied only if a step has gaps."""
+    if not x[0].is_contiguous():
+        x = x.contiguous()
+    return x, x.stride(0) if x.shape[0] > 1 else 0
 
 
-def as_values(x: Tensor) -> np.ndarray:
-    """``x`` in float32 as one axis of memory; a single number where it is one number expanded. For `fill_row`."""
-    x = x.detach().float()
-    return as_array(x.contiguous() if any(x.stride()) or not x.numel() else x.as_strided((1,), (1,)))
+def as_values(x: Tensor) -> tuple[Tensor, int]:
+    """``x`` in float32 and how many numbers it is in memory: one where it is one number expanded. For `fill_row`."""
+    x = x.float()
+    return (x.contiguous(), x.numel()) if any(x.stride()) else (x, 1)
 
 
 @inline

@@ -1,21 +1,68 @@
-"""Spreads compiled functions over threads.
+"""Spreads kernels over threads.
 
-numba's own threading layers abort when two threads call at once (workqueue) or hang after a fork (OpenMP). Compiled
-functions that release the interpreter's lock need neither: a pool of Python threads is enough.
+They run on PyTorch's own OpenMP threads where there are any: after each of PyTorch's loops those wait for work,
+spinning, and would keep other threads off their cores for milliseconds. Elsewhere, and after a fork, when OpenMP hangs,
+they run on a pool of Python threads. numba's own layers abort when two threads call at once (workqueue) or hang after a
+fork.
 """
 
-import itertools
+import ctypes
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
+from functools import cache, lru_cache, partial
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
-# Below this many neuron-steps a thread, waking another one costs more than it saves.
+if TYPE_CHECKING:
+    from spikeattn._cpu.compiler import Kernel
+
+# Below this many neuron-steps a thread, or a piece, waking another one costs more than it saves.
 _WORTH_A_THREAD = 1 << 15
-# Pieces a thread: where one core is busy with something else, the others take what it leaves.
+_WORTH_A_PIECE = 1 << 18
+# Pieces a thread, of much work: where one core is busy with something else, the others take what it leaves.
 _PIECES = 4
+
+_IMPORTED_BY = os.getpid()
+
+
+def spread(kernel: "Kernel", blocks: int, work: int, **arguments: float) -> None:
+    """Run ``kernel`` over all of ``range(blocks)``, on up to ``torch.get_num_threads()`` threads with the caller's.
+
+    Which thread runs a block is left open: ``kernel`` may let no result depend on it.
+
+    Args:
+        kernel: What to run.
+        blocks: Number of independent blocks.
+        work: Neuron-steps in all.
+        arguments: What the kernel's frame names.
+    """
+    if not blocks:
+        return
+    threads = min(torch.get_num_threads(), blocks, 1 + work // _WORTH_A_THREAD)
+    pieces = min(blocks, threads * _PIECES, max(threads, work // _WORTH_A_PIECE))
+    frame = kernel.frame.pack(pieces, blocks, arguments)
+    if threads == 1:
+        kernel.call(frame)
+    elif (parallel := _gomp_parallel()) and os.getpid() == _IMPORTED_BY:
+        parallel(kernel.address, frame, threads, 0)
+    else:
+        _run_in_pool(partial(kernel.call, frame), threads - 1)
+    if kernel.frame.finished(frame) != pieces:  # what went wrong has been printed by numba, to standard error
+        raise MemoryError(f"{kernel.function.__name__}: a thread stopped before its work was done.")
+
+
+@cache
+def _gomp_parallel() -> Callable[..., None] | None:
+    """``GOMP_parallel`` of the libgomp that PyTorch brings; None where it uses another OpenMP or none."""
+    for library in sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*")):
+        parallel = ctypes.CDLL(str(library)).GOMP_parallel  # the copy that is loaded already
+        parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+        parallel.restype = None
+        return parallel
+    return None
 
 
 @lru_cache(maxsize=4)
@@ -24,31 +71,14 @@ def _pool(pid: int, helpers: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(helpers, thread_name_prefix="spikeattn")
 
 
-def spread(run: Callable[[int, int], None], blocks: int, work: int) -> None:
-    """Call ``run(first, last)`` over all of ``range(blocks)``, on up to ``torch.get_num_threads()`` threads.
+def _run_in_pool(task: Callable[[], None], helpers: int) -> None:
+    """Run ``task`` here and on helpers; one that has not started when the work is done is not waited for.
 
-    Which thread runs a block is left open: ``run`` may let no result depend on it. The caller takes part and never
-    waits for a helper that has not started, so any number of callers can share the pool.
-
-    Args:
-        run: Releases the interpreter's lock for most of its time.
-        blocks: Number of independent blocks.
-        work: Neuron-steps in all.
+    So any number of callers can share the pool.
     """
-    threads = min(torch.get_num_threads(), blocks, 1 + work // _WORTH_A_THREAD)
-    if threads <= 1:
-        run(0, blocks)
-        return
-    pieces = min(blocks, threads * _PIECES)
-    counter = itertools.count()  # next() is atomic
-
-    def take_pieces() -> None:
-        while (piece := next(counter)) < pieces:
-            run(blocks * piece // pieces, blocks * (piece + 1) // pieces)
-
-    pool = _pool(os.getpid(), threads - 1)
-    helpers = [pool.submit(take_pieces) for _ in range(threads - 1)]
-    take_pieces()
-    for helper in helpers:
+    pool = _pool(os.getpid(), helpers)
+    started = [pool.submit(task) for _ in range(helpers)]
+    task()
+    for helper in started:
         if not helper.cancel():
             helper.result()

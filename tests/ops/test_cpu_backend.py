@@ -1,47 +1,23 @@
-"""The CPU kernels of `lif`: the bits of the definition, and right under threads, forks, processes and caches."""
+"""The CPU kernels of `lif`: the bits of the definition, and what calls of them promise."""
 
 import logging
-import os
-import subprocess
-import sys
-import threading
-import time
-from datetime import timedelta
 
+import numba
 import pytest
 import torch
 from cases import DYNAMICS, RATIONAL, SURROGATES, currents, ids
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lif_helpers import results, run_python
 from spikingjelly.activation_based import neuron
 from spikingjelly.activation_based import surrogate as theirs
 
 from spikeattn import LIF, ATan, BackendUnavailableError, CustomSurrogate, Rect, Sigmoid, backend_status, lif
-from spikeattn._cpu import compiler, threads
-from spikeattn._cpu.neuron import derivative_row, surrogate_constants
-from spikeattn._cpu.storage import as_array, load_row, store_row
+from spikeattn._cpu.neuron import F, derivative_row, surrogate_scalars
+from spikeattn._cpu.storage import ELEMENT, load_row, store_row
 from spikeattn.ops.lif import cpu
 
 EXACT = {s.name for s in [*RATIONAL, Rect()]}
-
-
-def results(x, v0, backend, *, tau=2.0, seed=0, **options):
-    """Everything that a call gives, and every gradient, under random weights."""
-    x, v0 = x.clone().requires_grad_(), v0.clone().requires_grad_()
-    tau = torch.tensor(tau).requires_grad_() if options.pop("learned", False) else tau
-    outputs = [out for out in lif(x, v0, tau=tau, backend=backend, **options) if out is not None]
-    generator = torch.Generator().manual_seed(seed)
-    loss = sum((out * torch.randn(out.shape, generator=generator)).sum() for out in outputs)
-    inputs = [x, v0, *([tau] if isinstance(tau, torch.Tensor) else [])]
-    return [out.detach() for out in outputs], torch.autograd.grad(loss, inputs)
-
-
-def run_python(code, **environment):
-    """What a fresh interpreter prints."""
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), **environment}
-    run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr
-    return run.stdout
 
 
 @pytest.mark.parametrize("dynamics", DYNAMICS, ids=ids)
@@ -80,8 +56,8 @@ def test_spikes_and_gradients_equal_spikingjellys_at_every_length(T):
 def test_slopes_are_torchs_within_their_bound(surrogate):
     h = torch.cat([torch.linspace(-40, 40, 20001), torch.randn(20000), torch.tensor([0.0, 1.0, 1e30, -1e30])])
     slope = torch.empty_like(h)
-    constants = surrogate_constants(surrogate.name, surrogate.alpha)
-    derivative_row(constants[0], h.numpy(), constants[1].dtype.type(1.0), *constants[1:], slope.numpy())
+    kind, a, b = surrogate_scalars(surrogate.name, surrogate.alpha).values()
+    derivative_row(kind, h.numpy(), F(1.0), F(a), F(b), slope.numpy())
     wanted = surrogate.derivative(h - 1.0)
     if surrogate.name in EXACT:
         assert torch.equal(slope, wanted)
@@ -127,24 +103,35 @@ def test_long_sequences_in_segments_give_the_same_bits(T):
     ours, plain = (results(x, v0, b, tau=10.0, learned=True, surrogate=ATan()) for b in ("numba", "torch"))
     assert all(map(torch.equal, ours[0], plain[0]))
     assert all(map(torch.equal, ours[1][:2], plain[1][:2]))
-    assert cpu.backward_width(T) == 64
+
+
+@given(neurons=st.integers(0, 1 << 32), kept_steps=st.integers(1, 1024))
+def test_a_block_is_narrow_enough_for_the_cache_and_the_threads(neurons, kept_steps):
+    width = cpu.block_width(neurons, kept_steps)
+    assert 64 <= width <= 8192
+    assert width.bit_count() == 1
+    if width > 64:
+        assert width * kept_steps <= 1 << 17
+        assert width * 32 <= neurons
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_16_bit_storage_converts_every_number_like_torch(dtype):
-    numba = pytest.importorskip("numba")
+    def bits(x):
+        return x.view(torch.int16).numpy().view(ELEMENT[dtype])
+
     every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
     wide = torch.empty(every.shape)
-    numba.njit(lambda row, buffer: load_row(row, buffer))(as_array(every), wide.numpy())
+    numba.njit(lambda row, buffer: load_row(row, buffer))(bits(every), wide.numpy())
     assert torch.equal(wide.nan_to_num(nan=0.5), every.float().nan_to_num(nan=0.5))
     finite = wide[wide.isfinite()].sort().values
     middles = (finite[1:] + finite[:-1]) / 2  # ties
-    bits = torch.randint(-(2**31), 2**31, (200_000,)).to(torch.int32).view(torch.float32)
+    any_bits = torch.randint(-(2**31), 2**31, (200_000,)).to(torch.int32).view(torch.float32)
     numbers = torch.cat(
-        [wide, middles, middles.nextafter(wide.new_tensor(9e9)), bits, torch.tensor([65519.0, 65520.0])]
+        [wide, middles, middles.nextafter(wide.new_tensor(9e9)), any_bits, torch.tensor([65519.0, 65520.0])]
     )
     narrow = torch.empty(numbers.shape, dtype=dtype)
-    numba.njit(lambda row, buffer: store_row(row, buffer))(as_array(narrow), numbers.numpy())
+    numba.njit(lambda row, buffer: store_row(row, buffer))(bits(narrow), numbers.numpy())
     wanted = numbers.to(dtype)
     assert torch.equal(narrow.isnan(), wanted.isnan())
     assert torch.equal(narrow.nan_to_num(nan=0.5), wanted.nan_to_num(nan=0.5))
@@ -187,176 +174,6 @@ def test_compiles_to_one_graph_and_exports():
     module = torch.nn.Sequential(torch.nn.Linear(10, 4), LIF(backend="numba"))
     exported = torch.export.export(module, (x.detach(),)).module()
     assert torch.equal(exported(x.detach()), module(x.detach()))
-
-
-@pytest.fixture
-def many_threads():
-    """More threads than a small machine has cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(4)
-    yield
-    torch.set_num_threads(before)
-
-
-def heavy(seed):
-    """Enough work for several threads, with every gradient."""
-    generator = torch.Generator().manual_seed(seed)
-    x, v0 = torch.randn(8, 20_000, generator=generator) * 3, torch.randn(20_000, generator=generator)
-    outputs, grads = results(x, v0, "numba", tau=4.0, learned=True, surrogate=ATan())
-    return [*outputs, *grads]
-
-
-def test_the_number_of_threads_changes_no_bit(many_threads):
-    wanted = heavy(0)
-    for number in (1, 2, 3):
-        torch.set_num_threads(number)
-        assert all(map(torch.equal, heavy(0), wanted))
-
-
-def test_work_is_shared_by_as_many_threads_as_torch_says(many_threads):
-    names, barrier = set(), threading.Barrier(4, timeout=20)
-
-    def run(first, last):
-        if threading.current_thread().name not in names:
-            names.add(threading.current_thread().name)
-            barrier.wait()  # passes only if four threads are here at once
-
-    threads.spread(run, blocks=64, work=1 << 30)
-    assert len(names) == 4
-    torch.set_num_threads(1)
-    alone = set()
-    threads.spread(lambda first, last: alone.add(threading.current_thread().name), blocks=64, work=1 << 30)
-    assert alone == {threading.current_thread().name}
-
-
-def test_an_error_in_a_thread_reaches_the_caller(many_threads):
-    def run(first, last):
-        raise ArithmeticError
-
-    with pytest.raises(ArithmeticError):
-        threads.spread(run, blocks=64, work=1 << 30)
-
-
-def test_calls_from_several_threads_at_once_are_right(many_threads):
-    wanted, got = [heavy(seed) for seed in range(8)], {}
-
-    def call(seed):
-        torch.set_num_threads(4)
-        for _ in range(3):
-            got[seed] = heavy(seed)
-
-    callers = [threading.Thread(target=call, args=(seed,)) for seed in range(8)]
-    for caller in callers:
-        caller.start()
-    for caller in callers:
-        caller.join(60)
-    for seed in range(8):
-        assert all(map(torch.equal, got[seed], wanted[seed]))
-
-
-class Fired(torch.utils.data.Dataset):
-    """Runs neurons, forward and backward, in the worker that loads, on several threads."""
-
-    def __init__(self):
-        self.x, self.v0 = [torch.randn(8, 20_000) * 3 for _ in range(4)], torch.randn(20_000)
-
-    def __len__(self):
-        return len(self.x)
-
-    def __getitem__(self, i):
-        torch.set_num_threads(4)  # a worker has one by itself
-        settings = (8, 2.0, True, 1.0, 0.0, False)
-        spikes, v, _ = lif(self.x[i], self.v0, backend="numba")
-        grads = torch.ops.spikeattn.lif_backward(
-            spikes, v, None, self.x[i], self.v0, None, *settings, "atan", 2.0, "numba"
-        )
-        torch.set_num_threads(1)  # PyTorch's own threads (OpenMP) do not outlive a fork
-        return [spikes, v, *grads]
-
-
-def test_forked_loader_workers_are_right(many_threads):
-    dataset = Fired()
-    wanted = [dataset[i] for i in range(4)]  # the pool of this process is running when it forks
-    loader = torch.utils.data.DataLoader(
-        dataset, batch_size=None, num_workers=2, multiprocessing_context="fork", timeout=60
-    )
-    for got, want in zip(loader, wanted, strict=True):
-        assert all(map(torch.equal, got, want))
-
-
-def train_one_step(rank, folder):
-    """Rank ``rank`` of two: one step on its half of a batch, the gradient left in ``folder``."""
-    torch.set_num_threads(2)
-    store, patience = f"file://{folder}/store", timedelta(seconds=60)
-    torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=patience)
-    model = torch.nn.parallel.DistributedDataParallel(network())
-    model(batch()[:, rank * 500 : (rank + 1) * 500]).mean().backward()
-    torch.save(model.module[0].weight.grad, f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
-
-
-def network():
-    """A small spiking network, the same in every process."""
-
-    torch.manual_seed(0)
-    return torch.nn.Sequential(torch.nn.Linear(8, 64), LIF(surrogate_function=ATan(), backend="numba"))
-
-
-def batch():
-    """Its input [T, B, 8]."""
-    return torch.randn(8, 1000, 8, generator=torch.Generator().manual_seed(1)) * 3
-
-
-def test_two_ddp_processes_agree_with_one(tmp_path, monkeypatch):
-    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
-    processes = torch.multiprocessing.spawn(train_one_step, (str(tmp_path),), nprocs=2, join=False)
-    deadline = time.monotonic() + 120
-    while not processes.join(timeout=1):
-        assert time.monotonic() < deadline, "a process hangs"
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
-    assert torch.equal(first, second)
-    model = network()
-    model(batch()).mean().backward()
-    torch.testing.assert_close(first, model[0].weight.grad, rtol=1e-4, atol=1e-6)
-
-
-CACHE_SCRIPT = """
-import torch
-from numba.core import event
-from spikeattn import lif, norm_lif
-with event.install_recorder("numba:compile") as recorder:
-    x = torch.randn(4, 3, 5, requires_grad=True)
-    lif(x, backend="numba").spikes.sum().backward()
-    norm_lif(x, torch.ones(5), torch.zeros(5), backend="numba").spikes.sum().backward()
-print(len(recorder.buffer))
-"""
-
-
-def test_a_second_process_compiles_nothing(tmp_path):
-    first, second = (int(run_python(CACHE_SCRIPT, NUMBA_CACHE_DIR=str(tmp_path))) for _ in range(2))
-    assert first > 0
-    assert second == 0
-
-
-def test_a_changed_helper_is_part_of_the_key_of_every_kernel():
-    for compiled in (cpu.forward_kernel(True, True, True), cpu.backward_kernel(True, True, True, True)):
-        (plan,) = (cell.cell_contents for cell in compiled.py_func.__closure__)
-        assert plan[-1] == compiler.SOURCES
-
-
-def test_without_a_folder_to_write_to_kernels_still_run(monkeypatch, caplog):
-    njit = compiler.numba.njit
-
-    def refuse(*args, cache=False, **options):
-        if cache:
-            raise RuntimeError("no locator available")
-        return njit(*args, **options)
-
-    monkeypatch.setattr("spikeattn._backends._said", set())
-    monkeypatch.setattr(compiler.numba, "njit", refuse)
-    with caplog.at_level(logging.INFO, "spikeattn"):
-        assert compiler.kernel(lambda x: x + 1)(1) == 2
-    assert "NUMBA_CACHE_DIR" in caplog.text
 
 
 BROKEN_SCRIPT = """
