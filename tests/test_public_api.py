@@ -25,6 +25,8 @@ LAYERS = [
     "spikeattn._checks",
     "spikeattn._backends",
     "spikeattn._cuda",
+    "spikeattn._leak",
+    "spikeattn._autograd",
 ]
 
 

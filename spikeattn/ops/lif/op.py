@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from spikeattn import _checks
+from spikeattn._autograd import differentiable
 from spikeattn._backends import Backend, resolve_backend
 from spikeattn.ops.lif.reference import is_static, lif_backward_reference, lif_reference, state_dtype
 from spikeattn.ops.surrogate import CustomSurrogate, Sigmoid, Surrogate, as_surrogate, surrogate_of
@@ -129,7 +130,7 @@ def integrate(
     settings = (T, tau, decay_input, float(v_threshold), None if v_reset is None else float(v_reset), detach_reset)
     if isinstance(surrogate, Surrogate):
         name, alpha = surrogate.name, float(surrogate.alpha)
-        spikes, v, v_seq = lif_forward(x, v0, r_tau, *settings, name, alpha, return_v_seq, chosen)
+        spikes, v, v_seq = _lif(x, v0, r_tau, *settings, name, alpha, return_v_seq, chosen)
     else:
         spikes, v, v_seq = lif_reference(x, v0, r_tau, *settings, surrogate, return_v_seq)
     return LIFOutput(spikes, v, v_seq if return_v_seq else None)
@@ -236,6 +237,7 @@ def _(
 def _save(ctx, inputs, output) -> None:
     """Keep the inputs only: the backward computes H again."""
     x, v0, r_tau, *ctx.settings, ctx.return_v_seq, ctx.backend = inputs
+    ctx.set_materialize_grads(False)  # an output that nobody used: one zero instead of a tensor of them
     ctx.save_for_backward(x, v0, r_tau)
 
 
@@ -243,6 +245,9 @@ def _backward(ctx, grad_spikes, grad_v, grad_v_seq):
     """Hand over to the registered backward; None for an input that needs no gradient."""
     x, v0, r_tau = ctx.saved_tensors
     grad_v_seq = grad_v_seq if ctx.return_v_seq else None
+    shape = (ctx.settings[0], *v0.shape)
+    grad_spikes = x.new_zeros(()).expand(shape) if grad_spikes is None else grad_spikes
+    grad_v = x.new_zeros((), dtype=state_dtype(x)).expand(v0.shape) if grad_v is None else grad_v
     grads = lif_backward(grad_spikes, grad_v, grad_v_seq, x, v0, r_tau, *ctx.settings, ctx.backend)
     needed = [grad if need else None for grad, need in zip(grads, ctx.needs_input_grad[:3], strict=True)]
     if needed[1] is not None:
@@ -250,4 +255,4 @@ def _backward(ctx, grad_spikes, grad_v, grad_v_seq):
     return (*needed, *(None,) * (len(ctx.settings) + 2))
 
 
-torch.library.register_autograd("spikeattn::lif_forward", _backward, setup_context=_save)
+_lif = differentiable(lif_forward, _save, _backward)

@@ -7,6 +7,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from spikeattn import _checks
+from spikeattn._autograd import differentiable
 from spikeattn._backends import Backend, resolve_backend, say_once
 from spikeattn.ops.lif.op import LIFOutput, lif_kernels_take
 from spikeattn.ops.lif.reference import is_static, state_dtype
@@ -100,7 +101,7 @@ def norm_lif(
     neuron = (float(tau), decay_input, float(v_threshold), v_reset, detach_reset)
     inputs = (x, weight, bias, padding_mask, v0, T, float(eps), *neuron)
     if isinstance(surrogate, Surrogate):
-        spikes, v, _, _ = norm_lif_forward(*inputs, surrogate.name, float(surrogate.alpha), chosen)
+        spikes, v, _, _ = _norm_lif(*inputs, surrogate.name, float(surrogate.alpha), chosen)
     else:
         say_once(f"norm_lif: surrogate {type(surrogate).__name__} has no analytic backward; it runs as a loop over T")
         spikes, v, _, _ = norm_lif_reference(*inputs, surrogate)
@@ -206,13 +207,17 @@ def _save(ctx, inputs, output) -> None:
     """Keep the inputs and the statistics of rows: the backward computes currents and potentials again."""
     x, weight, bias, padding_mask, v0, time_steps, _, *settings, ctx.backend = inputs
     ctx.settings = (time_steps, *settings)
+    ctx.set_materialize_grads(False)  # an output that nobody used: one zero instead of a tensor of them
     _, _, mean, rstd = output
     ctx.save_for_backward(x, weight, bias, padding_mask, v0, mean, rstd)
 
 
 def _backward(ctx, grad_spikes, grad_v, grad_mean, grad_rstd):
     """Hand over to the registered backward; mean and rstd are no outputs of the public function."""
-    v0 = ctx.saved_tensors[4]
+    x, _, _, _, v0, _, _ = ctx.saved_tensors
+    shape = (ctx.settings[0], *v0.shape)
+    grad_spikes = x.new_zeros(()).expand(shape) if grad_spikes is None else grad_spikes
+    grad_v = x.new_zeros((), dtype=state_dtype(x)).expand(v0.shape) if grad_v is None else grad_v
     grads = norm_lif_backward(grad_spikes, grad_v, *ctx.saved_tensors, *ctx.settings, ctx.backend)
     grad_x, grad_weight, grad_bias, grad_v0 = (
         grad if need else None
@@ -222,4 +227,4 @@ def _backward(ctx, grad_spikes, grad_v, grad_mean, grad_rstd):
     return grad_x, grad_weight, grad_bias, None, grad_v0, *(None,) * (len(ctx.settings) + 2)
 
 
-torch.library.register_autograd("spikeattn::norm_lif_forward", _backward, setup_context=_save)
+_norm_lif = differentiable(norm_lif_forward, _save, _backward)
