@@ -17,6 +17,7 @@ from spikeattn.nn import (
 )
 from spikeattn.ops.lif import LIFOutput, lif
 from spikeattn.ops.norm_lif import norm_lif
+from spikeattn.ops.spiking_attention import spiking_attention
 from spikeattn.ops.surrogate import (
     ATan,
     CustomSurrogate,
@@ -62,4 +63,5 @@ __all__ = [
     "lif",
     "norm_lif",
     "spike",
+    "spiking_attention",
 ]

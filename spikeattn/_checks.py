@@ -80,14 +80,14 @@ def check_tokens(op: str, x: Tensor, dim: int) -> None:
     check_time_major(op, "x", x)
 
 
-def check_padding_mask(op: str, mask: Tensor | None, B: int, L: int) -> None:
+def check_padding_mask(op: str, mask: Tensor | None, B: int, L: int, name: str = "key_padding_mask") -> None:
     """``mask`` is boolean ``[B, L]``."""
     if mask is None:
         return
     if mask.dtype != torch.bool:
-        raise TypeError(f"{op}: key_padding_mask must be bool with True at padding, got {mask.dtype}.")
+        raise TypeError(f"{op}: {name} must be bool with True at padding, got {mask.dtype}.")
     if mask.shape != (B, L):
-        raise ValueError(f"{op}: key_padding_mask must be [B, L] = {(B, L)}, got {tuple(mask.shape)}.")
+        raise ValueError(f"{op}: {name} must be [B, L] = {(B, L)}, got {tuple(mask.shape)}.")
 
 
 def check_exact_products(op: str, L: int, E: int) -> None:
@@ -119,7 +119,55 @@ def check_norm(op: str, x: Tensor, weight: Tensor, bias: Tensor, padding_mask: T
             raise ValueError(f"{op}: {name} must be on the device of x, {x.device}, got {other.device}.")
 
 
-def check_choice(op: str, name: str, value: str, choices: tuple[str, ...]) -> None:
+def check_attention(
+    op: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    query_padding_mask: Tensor | None,
+    key_padding_mask: Tensor | None,
+    is_causal: bool,
+) -> None:
+    """``q`` [T, B, H, L, E], ``k`` and ``v`` [T, B, H, S, E], masks [B, L] and [B, S]."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        check_floating(op, name, x)
+        if x.ndim != 5 or 0 in x.shape:
+            raise ValueError(f"{op}: {name} must be [T, B, H, L, E], none of them 0, got shape {tuple(x.shape)}.")
+        if x.dtype != q.dtype or x.device != q.device:
+            raise TypeError(f"{op}: {name} must be {q.dtype} on {q.device} as q is, got {x.dtype} on {x.device}.")
+    T, B, H, L, E = q.shape
+    S = k.shape[3]
+    for name, x in (("k", k), ("v", v)):
+        if x.shape != (T, B, H, S, E):
+            raise ValueError(
+                f"{op}: {name} must be [T, B, H, S, E] = {(T, B, H, S, E)} beside q {tuple(q.shape)}, "
+                f"got {tuple(x.shape)}. Tokens come before channels: [T, B, H, L, E], not [T, B, H, E, L]."
+            )
+    if is_causal and L != S:
+        raise ValueError(f"{op}: is_causal needs as many keys as queries, got L = {L} and S = {S}.")
+    check_padding_mask(op, query_padding_mask, B, L, "query_padding_mask")
+    check_padding_mask(op, key_padding_mask, B, S, "key_padding_mask")
+
+
+def check_scale(op: str, scale: Tensor, shape: tuple[int, ...]) -> None:
+    """``scale`` broadcasts to ``shape``."""
+    fits = scale.ndim <= len(shape) and all(
+        own in (1, whole) for own, whole in zip(scale.shape[::-1], shape[::-1], strict=False)
+    )
+    if not fits:
+        raise ValueError(
+            f"{op}: scale must broadcast to [T, B, H, L, 1] = {tuple(shape)}, got shape {tuple(scale.shape)}."
+        )
+
+
+def check_spikes(op: str, name: str, x: Tensor) -> None:
+    """``x`` holds nothing but 0 and 1."""
+    spikes = (x == 0) | (x == 1)
+    if not spikes.all():
+        raise ValueError(f"{op}: {name} must hold spikes, 0 or 1, got {x[~spikes][0].item()}.")
+
+
+def check_choice(op: str, name: str, value: str | None, choices: tuple[str | None, ...]) -> None:
     """``value`` is one of ``choices``."""
     if value not in choices:
         raise ValueError(f"{op}: {name} must be one of {', '.join(map(repr, choices))}, got {value!r}.")

@@ -13,11 +13,11 @@ from spikeattn.ops.surrogate import ATan
 
 _PACKAGES = ("spikeattn", "torch", "spikingjelly", "numba", "cupy-cuda12x", "cupy-cuda13x", "numpy")
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-_TAKES = {"lif": lif_kernels_take, "norm_lif": norm_lif_kernels_take}
+_TAKES = {"lif": lif_kernels_take, "norm_lif": norm_lif_kernels_take, "spiking_attention": lif_kernels_take}
 
 
 def backend_report(x: Tensor | None = None) -> str:
-    """Say which backend `lif` and `norm_lif` take here, and why not the others.
+    """Say which backend each operation takes here, and why not the others.
 
     Args:
         x: An input to ask about, [T, *N] or [T, *N, D]; None asks for every device of this machine and every dtype.
@@ -27,7 +27,7 @@ def backend_report(x: Tensor | None = None) -> str:
         takes and, after it, each backend that it passes over with the reason.
 
     Example:
-        >>> print(backend_report(torch.zeros(4, 8, dtype=torch.float64)).splitlines()[-2])
+        >>> print(backend_report(torch.zeros(4, 8, dtype=torch.float64)).splitlines()[-3])
         lif, cpu, float64: torch (numba: float64 runs on the plain definition)
     """
     asked = [torch.empty(1, 1, 1, dtype=dtype, device=device) for device in _devices() for dtype in _DTYPES]

@@ -16,7 +16,7 @@ def test_the_command_prints_versions_devices_and_every_choice():
     assert f"spikeattn {spikeattn.__version__}" in lines[0]
     assert f"torch {torch.__version__}" in lines[0]
     assert lines[1].startswith("devices: CPU, ")
-    for op in ("lif", "norm_lif"):
+    for op in ("lif", "norm_lif", "spiking_attention"):
         for dtype in ("float32", "float16", "bfloat16"):
             assert f"{op}, cpu, {dtype}: numba" in lines
         assert f"{op}, cpu, float64: torch (numba: float64 runs on the plain definition)" in lines
@@ -30,8 +30,8 @@ def test_a_missing_backend_is_named_with_its_reason(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_one_input_is_answered_as_the_call_decides(dtype):
     x = torch.zeros(3, 4, 5, dtype=dtype)
-    said = backend_report(x).splitlines()[-2:]
-    assert [line.partition(",")[0] for line in said] == ["lif", "norm_lif"]
+    said = backend_report(x).splitlines()[-3:]
+    assert [line.partition(",")[0] for line in said] == ["lif", "norm_lif", "spiking_attention"]
     for line in said:
         taken = line.partition(": ")[2].split(" ")[0]
         spikeattn.lif(x, backend=taken)

@@ -33,9 +33,9 @@ def _case(T: int, N: int, dtype: torch.dtype, device: str) -> Case:
             "norse": lambda: peers.norse_lif(TAU),
         }
     )
-    if T > 32 and "torch.compile of the loop" in models:
+    if T > 16 and "torch.compile of the loop" in models:
         del models["torch.compile of the loop"]
-        absent["torch.compile of the loop"] = "unrolls the loop: compiling T > 32 takes minutes"
+        absent["torch.compile of the loop"] = "unrolls the loop: compiling T > 16 takes minutes"
     size = x.element_size()
     return Case(
         name=f"T={T} N={N} {str(dtype).removeprefix('torch.')}",

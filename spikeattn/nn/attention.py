@@ -9,10 +9,45 @@ from torch import Tensor, nn
 from spikeattn import _checks
 from spikeattn._backends import Backend
 from spikeattn.nn.alive import attention_gain
+from spikeattn.nn.neuron import LIF
 from spikeattn.nn.projection import Init, Norm, SpikingLinear, SpikingOptions
-from spikeattn.ops.spiking_attention import spiking_attention_reference
+from spikeattn.ops.spiking_attention import spiking_attention
+from spikeattn.ops.spiking_attention.op import attend_by_map
 from spikeattn.ops.spiking_attention.reference import Fire
 from spikeattn.ops.surrogate import ATan
+
+
+def attend_and_fire(
+    neuron: LIF,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    fire: Fire,
+    scale: float | Tensor,
+    query_padding_mask: Tensor | None = None,
+    key_padding_mask: Tensor | None = None,
+    is_causal: bool = False,
+) -> Tensor:
+    """`spiking_attention` with the settings of ``neuron``, [T, B, H, L, E].
+
+    Where somebody looks at ``neuron`` (a hook, a monitor, ``store_v_seq``) or it is stateful, it is called itself, with
+    its currents in memory: the same bits.
+    """
+    watched = neuron._forward_hooks or neuron._forward_pre_hooks or neuron.store_v_seq or neuron.stateful
+    if watched and fire == "map":
+        return attend_by_map(neuron, q, k, v, scale, query_padding_mask, key_padding_mask, is_causal)
+    attended = spiking_attention(
+        q, k, v,
+        fire=None if watched else fire, scale=scale, is_causal=is_causal,
+        query_padding_mask=query_padding_mask, key_padding_mask=key_padding_mask,
+        tau=neuron.tau, v_threshold=neuron.v_threshold, v_reset=neuron.v_reset, detach_reset=neuron.detach_reset,
+        surrogate=neuron.surrogate_function, backend=neuron.backend,
+    )  # fmt: skip
+    if not watched:
+        return attended
+    heads = attended.transpose(2, 3)
+    return neuron(heads.flatten(3)).view(heads.shape).transpose(2, 3)
 
 
 class SpikingSelfAttention(nn.Module):
@@ -117,12 +152,12 @@ class SpikingSelfAttention(nn.Module):
             project(x, key_padding_mask).view(heads).transpose(2, 3)  # [T, B, H, L, E]
             for project in (self.q, self.k, self.v)
         )
-        attended = spiking_attention_reference(
-            q, k, v,
-            scale=self._scale(x, key_padding_mask), fire=self.fire, neuron=self.attn_lif,
-            key_padding_mask=key_padding_mask, is_causal=self.is_causal,
+        attended = attend_and_fire(
+            self.attn_lif, q, k, v,
+            scale=self._scale(x, key_padding_mask), fire=self.fire, is_causal=self.is_causal,
+            query_padding_mask=key_padding_mask, key_padding_mask=key_padding_mask,
         )  # fmt: skip
-        return self.out(attended, key_padding_mask)
+        return self.out(attended.transpose(2, 3).flatten(3), key_padding_mask)
 
     def _scale(self, x: Tensor, key_padding_mask: Tensor | None) -> float | Tensor:
         """``scale``, times the gain of the alive start: [1, B or 1, 1, L or 1, 1]."""

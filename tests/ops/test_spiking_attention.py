@@ -1,141 +1,336 @@
-"""The definition of spiking attention: exact in any order of association, blind to padding."""
+"""Spiking attention: exact in any order of association, blind to padding, the same bits on every backend."""
 
 import itertools
+import logging
 
 import pytest
 import torch
+from cases import SURROGATES, ids
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spikeattn import LIF
-from spikeattn.ops.spiking_attention import attention_map, spiking_attention_reference
+from spikeattn import ATan, BackendUnavailableError, Sigmoid, lif, spiking_attention
+from spikeattn.ops.spiking_attention import reference
+from spikeattn.ops.spiking_attention.reference import product, spiking_attention_reference
 
-
-def identity(x):
-    return x
+FIRES = ["output", "map", None]
+BACKENDS = ["torch", "numba"]
 
 
 def spikes(*shape, rate=0.3, dtype=torch.float32):
     return (torch.rand(shape) < rate).to(dtype)
 
 
-def naive(q, k, v, scale, fire, causal):
-    """Loops over tokens, in float64, with nothing fired."""
+def naive(q, k, v, scale, causal=False):
+    """``scale (Q K^T) V`` by loops over tokens, in float64."""
     T, B, H, L, E = q.shape
-    out = torch.zeros(T, B, L, H * E, dtype=torch.float64)
+    out = torch.zeros(T, B, H, L, E, dtype=torch.float64)
     for t, b, h, i in itertools.product(range(T), range(B), range(H), range(L)):
-        row = torch.zeros(E, dtype=torch.float64)
-        for j in range(i + 1 if causal else L):
-            row += float((q[t, b, h, i].double() * k[t, b, h, j].double()).sum()) * v[t, b, h, j].double()
-        out[t, b, i, h * E : (h + 1) * E] = row * scale
-    return out
+        for j in range(i + 1 if causal else k.shape[3]):
+            out[t, b, h, i] += float((q[t, b, h, i].double() * k[t, b, h, j].double()).sum()) * v[t, b, h, j].double()
+    return out * scale
+
+
+def definition(q, k, v, *, scale=0.125, fire="output", masks=(None, None), causal=False, order="map_first", **neuron):
+    """The definition, differentiable, with the defaults of the public function."""
+    settings = {"tau": 2.0, "v_threshold": 0.5, "v_reset": 0.0, "detach_reset": True, "surrogate": ATan(2.0)} | neuron
+    scale = torch.as_tensor(scale, dtype=torch.promote_types(q.dtype, torch.float32))
+    return spiking_attention_reference(q, k, v, scale, *masks, fire, order, causal, *settings.values())
 
 
 @given(
     L=st.integers(1, 9),
+    S=st.integers(1, 9),
     E=st.integers(1, 9),
     H=st.sampled_from([1, 3]),
     rate=st.sampled_from([0.0, 0.05, 0.5, 1.0]),
     exponent=st.integers(-6, 3),
     causal=st.booleans(),
 )
-def test_association_orders_agree_to_the_bit_and_with_loops(L, E, H, rate, exponent, causal):
-    q, k, v = (spikes(2, 2, H, L, E, rate=rate) for _ in range(3))
+def test_orders_and_backends_agree_to_the_bit_and_with_loops(L, S, E, H, rate, exponent, causal):
+    S = L if causal else S
+    q, k, v = (spikes(2, 2, H, n, E, rate=rate) for n in (L, S, S))
     scale = 2.0**exponent
-    kwargs = {"scale": scale, "fire": "output", "neuron": identity, "is_causal": causal}
-    first = spiking_attention_reference(q, k, v, order="map_first", **kwargs)
-    second = spiking_attention_reference(q, k, v, order="state_first", **kwargs)
-    auto = spiking_attention_reference(q, k, v, **kwargs)
-    assert torch.equal(first, second)
-    assert torch.equal(first, auto)
-    assert torch.equal(first.double(), naive(q, k, v, scale, "output", causal))
+    wanted = naive(q, k, v, scale, causal)
+    fired = lif(wanted.float(), tau=2.0, v_threshold=0.5, backend="torch").spikes
+    for order, backend in itertools.product(("map_first", "state_first", "auto"), BACKENDS):
+        kwargs = {"scale": scale, "order": order, "is_causal": causal, "backend": backend}
+        assert torch.equal(spiking_attention(q, k, v, fire=None, **kwargs).double(), wanted)
+        assert torch.equal(spiking_attention(q, k, v, **kwargs), fired)
+
+
+@pytest.mark.parametrize("L", [reference.CHUNK - 1, reference.CHUNK, 3 * reference.CHUNK + 5])
+def test_causal_chunks_give_the_bits_of_the_whole_map(L):
+    a, b, c = (spikes(2, 1, 2, L, 8, rate=0.5) for _ in range(3))
+    assert torch.equal(product(a, b, c, "state_first", True), product(a, b, c, "map_first", True))
 
 
 @pytest.mark.parametrize("order", ["map_first", "state_first"])
-def test_long_sums_stay_exact(order):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_long_sums_stay_exact(order, backend):
     # 3000 * 64 coincidences: beyond what bfloat16 or float16 hold, and far below 2**24.
-    ones = torch.ones(1, 1, 1, 3000, 64, dtype=torch.bfloat16)
-    given_neuron = []
-    spiking_attention_reference(
-        ones, ones, ones, scale=0.125, fire="output", order=order, neuron=lambda x: given_neuron.append(x) or x
-    )
-    assert given_neuron[0].dtype == torch.float32
-    assert given_neuron[0].unique().tolist() == [3000 * 64 * 0.125]
+    ones = torch.ones(1, 1, 1, 3000, 64)
+    out = spiking_attention(ones, ones, ones, fire=None, order=order, backend=backend)
+    assert out.unique().tolist() == [3000 * 64 * 0.125]
+    low = ones.bfloat16()
+    sharp = {"tau": 1.5, "v_threshold": 3000 * 64 * 0.125 / 1.5, "order": order, "backend": backend}
+    assert spiking_attention(low, low, low, **sharp).all()
+    sharp["v_threshold"] *= 1 + 2**-20
+    assert not spiking_attention(low, low, low, **sharp).any()
 
 
-def test_autocast_does_not_round_the_sums():
+def test_sums_that_float32_cannot_hold_are_announced_once(caplog, monkeypatch):
+    monkeypatch.setattr("spikeattn._backends._said", set())
+    q, k = torch.zeros(1, 1, 1, 1, 128), torch.zeros(1, 1, 1, 2**17 + 1, 128)
+    with caplog.at_level(logging.WARNING, "spikeattn"):
+        spiking_attention(q, k, k, fire=None)
+        spiking_attention(q, k, k, fire=None)
+    assert sum("2**24" in record.message for record in caplog.records) == 1
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_autocast_does_not_round_the_sums(backend):
     q, k, v = (spikes(1, 1, 1, 200, 64, rate=0.9) for _ in range(3))
-    kwargs = {"scale": 1.0, "fire": "output", "neuron": identity}
+    kwargs = {"scale": 1.0, "fire": None, "backend": backend}
     with torch.autocast("cpu", torch.bfloat16):
-        low = spiking_attention_reference(q, k, v, **kwargs)
-    assert torch.equal(low, spiking_attention_reference(q, k, v, **kwargs))
+        low = spiking_attention(q, k, v, **kwargs)
+    assert torch.equal(low, spiking_attention(q, k, v, **kwargs))
 
 
 @given(
     lengths=st.lists(st.integers(1, 7), min_size=1, max_size=4),
     extra=st.integers(0, 3),
-    fire=st.sampled_from(["output", "map"]),
+    fire=st.sampled_from(FIRES),
     causal=st.booleans(),
+    backend=st.sampled_from(BACKENDS),
 )
-def test_padding_never_changes_a_result(lengths, extra, fire, causal):
+def test_padding_never_changes_a_result_or_a_gradient(lengths, extra, fire, causal, backend):
     T, H, E, L = 3, 2, 4, max(lengths) + extra
-    q, k, v = (spikes(T, len(lengths), H, L, E, rate=0.6) for _ in range(3))
+    qkv = [spikes(T, len(lengths), H, L, E, rate=0.6).requires_grad_() for _ in range(3)]
     mask = torch.arange(L) >= torch.tensor(lengths).unsqueeze(1)
-    kwargs = {"scale": 0.125, "fire": fire, "neuron": LIF(v_threshold=0.5), "is_causal": causal}
-    padded = spiking_attention_reference(q, k, v, key_padding_mask=mask, **kwargs)
+    kwargs = {"fire": fire, "is_causal": causal, "backend": backend}
+    padded = spiking_attention(*qkv, query_padding_mask=mask, key_padding_mask=mask, **kwargs)
+    weight = torch.randint(-3, 4, padded.shape).float()  # small integers: sums of gradients stay exact enough
+    grads = torch.autograd.grad((padded * weight).sum(), qkv)
     for b, n in enumerate(lengths):
-        alone = spiking_attention_reference(*(x[:, b : b + 1, :, :n] for x in (q, k, v)), **kwargs)
-        assert torch.equal(padded[:, b : b + 1, :n], alone)
-        assert not padded[:, b, n:].any()
+        own = [x.detach()[:, b : b + 1, :, :n].requires_grad_() for x in qkv]
+        alone = spiking_attention(*own, **kwargs)
+        assert torch.equal(padded[:, b : b + 1, :, :n], alone)
+        assert not padded[:, b, :, n:].any()
+        for grad, want in zip(
+            grads, torch.autograd.grad((alone * weight[:, b : b + 1, :, :n]).sum(), own), strict=True
+        ):
+            torch.testing.assert_close(grad[:, b : b + 1, :, :n], want)
+            assert not grad[:, b, :, n:].any()
 
 
-def test_padding_in_front_and_a_row_of_padding_alone():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_padding_in_front_and_a_row_of_padding_alone(backend):
     q, k, v = (spikes(2, 2, 1, 4, 8, rate=0.7) for _ in range(3))
     mask = torch.tensor([[True, False, False, False], [True, True, True, True]])
-    kwargs = {"scale": 1.0, "fire": "output", "neuron": identity}
-    padded = spiking_attention_reference(q, k, v, key_padding_mask=mask, **kwargs)
-    alone = spiking_attention_reference(*(x[:, :1, :, 1:] for x in (q, k, v)), **kwargs)
-    assert torch.equal(padded[:, :1, 1:], alone)
+    kwargs = {"scale": 1.0, "fire": None, "backend": backend}
+    padded = spiking_attention(q, k, v, query_padding_mask=mask, key_padding_mask=mask, **kwargs)
+    alone = spiking_attention(*(x[:, :1, :, 1:] for x in (q, k, v)), **kwargs)
+    assert torch.equal(padded[:, :1, :, 1:], alone)
     assert not padded[:, 1].any()
 
 
-@pytest.mark.parametrize("fire", ["output", "map"])
-def test_causal_tokens_do_not_see_later_ones(fire):
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("fire", FIRES)
+def test_queries_and_keys_may_differ_in_number_and_padding(fire, backend):
+    q, k, v = spikes(4, 2, 2, 3, 8), spikes(4, 2, 2, 7, 8), spikes(4, 2, 2, 7, 8)
+    seen = torch.tensor([5, 2])
+    mask = torch.arange(7) >= seen.unsqueeze(1)
+    out = spiking_attention(q, k, v, fire=fire, key_padding_mask=mask, backend=backend)
+    for b, n in enumerate(seen):
+        alone = definition(*(x[:, b : b + 1] for x in (q, k[..., :n, :], v[..., :n, :])), fire=fire)
+        assert torch.equal(out[:, b : b + 1], alone)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("fire", FIRES)
+def test_causal_tokens_do_not_see_later_ones(fire, backend):
     q, k, v = (spikes(3, 1, 2, 6, 4, rate=0.6) for _ in range(3))
-    kwargs = {"scale": 0.5, "fire": fire, "neuron": LIF(v_threshold=0.5), "is_causal": True}
-    whole = spiking_attention_reference(q, k, v, **kwargs)
+    kwargs = {"scale": 0.5, "fire": fire, "is_causal": True, "backend": backend}
+    whole = spiking_attention(q, k, v, **kwargs)
     for n in range(1, 7):
-        part = spiking_attention_reference(*(x[..., :n, :] for x in (q, k, v)), **kwargs)
-        assert torch.equal(whole[:, :, :n], part)
+        part = spiking_attention(*(x[..., :n, :] for x in (q, k, v)), **kwargs)
+        assert torch.equal(whole[:, :, :, :n], part)
 
 
 def test_the_map_fires_before_it_meets_the_values():
     q, k, v = (spikes(5, 1, 1, 3, 8, rate=0.7) for _ in range(3))
-    neuron = LIF(v_threshold=0.5)
-    wanted = (neuron(attention_map(q, k) * 0.125) @ v)[:, :, 0]
-    assert torch.equal(spiking_attention_reference(q, k, v, scale=0.125, fire="map", neuron=neuron), wanted)
-    assert neuron(attention_map(q, k) * 0.125).any()
+    fired = lif(q @ k.transpose(-1, -2) * 0.125, tau=2.0, v_threshold=0.5).spikes
+    assert torch.equal(spiking_attention(q, k, v, fire="map"), fired @ v)
+    assert fired.any()
 
 
-def test_gradients_agree_with_float64():
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("fire", FIRES)
+@pytest.mark.parametrize("v_reset", [0.0, None])
+@pytest.mark.parametrize("detach_reset", [True, False])
+def test_gradients_are_those_of_the_definition_in_float64(fire, causal, backend, v_reset, detach_reset):
     q, k, v = (spikes(4, 2, 2, 5, 8, rate=0.5) for _ in range(3))
-    weight = torch.randn(4, 2, 5, 16)
+    options = {"fire": fire, "tau": 3.0, "v_reset": v_reset, "detach_reset": detach_reset, "surrogate": Sigmoid()}
+    wide = [x.double().requires_grad_() for x in (q, k, v)]
+    out = definition(*wide, causal=causal, **options)
+    weight = torch.randn(out.shape)
+    wanted = torch.autograd.grad((out * weight).sum(), wide)
+    for order in ("map_first",) if fire == "map" else ("map_first", "state_first"):
+        own = [x.requires_grad_() for x in (q, k, v)]
+        got = spiking_attention(*own, is_causal=causal, order=order, backend=backend, **options)
+        assert torch.equal(got.double(), out)
+        for grad, want in zip(torch.autograd.grad((got * weight).sum(), own), wanted, strict=True):
+            torch.testing.assert_close(grad.double(), want, rtol=1e-4, atol=1e-5)
 
-    def grads(dtype, order):
-        own = [x.to(dtype).requires_grad_() for x in (q, k, v)]
-        out = spiking_attention_reference(*own, scale=0.125, fire="output", neuron=LIF(v_threshold=0.5), order=order)
-        return torch.autograd.grad((out * weight.to(dtype)).sum(), own)
 
-    exact = grads(torch.float64, "map_first")
-    for order in ("map_first", "state_first"):
-        for a, b in zip(grads(torch.float32, order), exact, strict=True):
-            torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-5)
+@pytest.mark.parametrize("fire", ["output", "map"])
+def test_the_analytic_gradient_passes_gradcheck_where_nothing_fires_hard(fire):
+    """With float64 inputs the public function runs the analytic backward; the definition by autograd is the oracle."""
+    q, k, v = (torch.rand(3, 1, 2, 4, 3, dtype=torch.float64).requires_grad_() for _ in range(3))
+    weight = torch.randn(3, 1, 2, 4, 3, dtype=torch.float64)
+    ours, wanted = (
+        torch.autograd.grad((f(q, k, v, fire=fire) * weight).sum(), (q, k, v)) for f in (spiking_attention, definition)
+    )
+    for got, want in zip(ours, wanted, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
 
 
-def test_bad_input_is_named():
-    x = torch.zeros(1, 1, 1, 2, 2)
-    with pytest.raises(ValueError, match='order must be "map_first"'):
-        spiking_attention_reference(x, x, x, scale=1.0, fire="map", neuron=identity, order="state_first")
-    long = torch.zeros(1, 1, 1, 1, 1).expand(1, 1, 1, 2**18, 128)
-    with pytest.raises(ValueError, match=r"L \* E must be at most 2\*\*24"):
-        spiking_attention_reference(long, long, long, scale=1.0, fire="output", neuron=identity)
+@pytest.mark.parametrize("surrogate", SURROGATES, ids=ids)
+@pytest.mark.parametrize("fire", ["output", "map"])
+def test_every_surrogate_reaches_the_gradient(surrogate, fire):
+    q, k, v = (spikes(4, 1, 2, 6, 8, rate=0.5).requires_grad_() for _ in range(3))
+    weight = torch.randn(4, 1, 2, 6, 8)
+    grads = []
+    for backend in BACKENDS:
+        out = spiking_attention(q, k, v, fire=fire, surrogate=surrogate, backend=backend)
+        grads.append(torch.autograd.grad((out * weight).sum(), (q, k, v)))
+    for got, want in zip(*grads, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("fire", FIRES)
+def test_16_bit_spikes_give_what_float32_ones_give(fire, dtype, backend):
+    q, k, v = (spikes(4, 2, 2, 9, 8, rate=0.5) for _ in range(3))
+    wide = spiking_attention(q, k, v, fire=fire, backend=backend)
+    low = spiking_attention(*(x.to(dtype) for x in (q, k, v)), fire=fire, backend=backend)
+    assert low.dtype == dtype
+    assert torch.equal(low, wide.to(dtype))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_scale_may_depend_on_dialogue_and_token(backend):
+    q, k, v = (spikes(3, 2, 2, 5, 8, rate=0.5) for _ in range(3))
+    scale = 2.0 ** torch.randint(-4, 2, (2, 1, 5, 1))
+    for fire in FIRES:
+        out = spiking_attention(q, k, v, scale=scale, fire=fire, backend=backend)
+        for b, i in itertools.product(range(2), range(5)):
+            alone = spiking_attention(
+                q[:, b : b + 1, :, i : i + 1], k[:, b : b + 1], v[:, b : b + 1], scale=scale[b, 0, i].item(), fire=fire
+            )
+            assert torch.equal(out[:, b : b + 1, :, i : i + 1], alone)
+
+
+@given(layout=st.permutations(range(5)), backend=st.sampled_from(BACKENDS), fire=st.sampled_from(FIRES))
+def test_any_stride_gives_what_contiguous_inputs_give(layout, backend, fire):
+    qkv = [spikes(2, 3, 2, 5, 4, rate=0.5) for _ in range(3)]
+    back = [layout.index(axis) for axis in range(5)]
+    odd = [x.permute(layout).contiguous().permute(back) for x in qkv]
+    wanted = spiking_attention(*qkv, fire=fire, backend=backend)
+    out = spiking_attention(*odd, fire=fire, backend=backend)
+    assert torch.equal(out, wanted)
+    assert out.transpose(2, 3).is_contiguous()
+
+
+def test_a_map_in_tiles_gives_the_same_bits(monkeypatch):
+    q, k, v = (spikes(3, 2, 2, 10, 8, rate=0.5).requires_grad_() for _ in range(3))
+    weight = torch.randn(3, 2, 2, 10, 8)
+    results = []
+    for limit in (1 << 30, 3 * 2 * 2 * 10 * 4 * 3):
+        monkeypatch.setattr(reference, "MAP_BYTES", limit)
+        for causal in (False, True):
+            out = spiking_attention(q, k, v, fire="map", is_causal=causal, backend="torch")
+            results.append([out, *torch.autograd.grad((out * weight).sum(), (q, k, v))])
+    for whole, tiled in zip(results[:2], results[2:], strict=True):
+        assert torch.equal(whole[0], tiled[0])
+        for a, b in zip(whole[1:], tiled[1:], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nothing_is_kept_but_the_inputs(backend):
+    q, k, v = (spikes(2, 1, 1, 50, 8).requires_grad_() for _ in range(3))
+    saved = spiking_attention(q, k, v, backend=backend).grad_fn.saved_tensors
+    assert [None if s is None else s.numel() for s in saved] == [800, 800, 800, 1, None, None]
+
+
+@pytest.mark.parametrize("fire", FIRES)
+def test_registered_ops_pass_opcheck(fire):
+    q, k, v = (spikes(2, 2, 1, 3, 4, rate=0.5).requires_grad_() for _ in range(3))
+    mask = torch.tensor([[False, False, True], [False, False, False]])
+    inputs = (q, k, v, torch.full((1, 1, 1, 1, 1), 0.125), mask, mask)
+    settings = (fire, "auto", False, 2.0, 0.5, 0.0, True, "atan", 2.0, "numba")
+    torch.library.opcheck(torch.ops.spikeattn.spiking_attention_forward.default, (*inputs, *settings))
+    detached = [x.detach() for x in inputs]
+    grad = torch.randn(2, 2, 1, 3, 4)
+    torch.library.opcheck(torch.ops.spikeattn.spiking_attention_backward.default, (grad, *detached, *settings))
+
+
+@pytest.mark.parametrize("fire", FIRES)
+def test_compiles_to_one_graph(fire):
+    q, k, v = (spikes(2, 1, 2, 3, 4, rate=0.5).requires_grad_() for _ in range(3))
+    weight = torch.randn(2, 1, 2, 3, 4)
+
+    def loss(q, k, v):
+        return (spiking_attention(q, k, v, fire=fire) * weight).sum()
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    for got, want in zip(*(torch.autograd.grad(f(q, k, v), (q, k, v)) for f in (compiled, loss)), strict=True):
+        assert torch.equal(got, want)
+
+
+def test_any_function_that_fires_is_a_surrogate_on_the_definition():
+    q, k, v = (spikes(2, 1, 1, 3, 4, rate=0.7).requires_grad_() for _ in range(3))
+    out = spiking_attention(q, k, v, surrogate=torch.sigmoid)
+    assert torch.equal(out, definition(q, k, v, surrogate=torch.sigmoid))
+    with pytest.raises(BackendUnavailableError, match="CustomSurrogate"):
+        spiking_attention(q, k, v, surrogate=torch.sigmoid, backend="numba")
+
+
+SHAPE = (2, 1, 2, 3, 4)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"q": torch.zeros(2, 3, 4)}, ValueError, r"q must be \[T, B, H, L, E\].*\(2, 3, 4\)"),
+        ({"k": torch.zeros(2, 1, 2, 4, 3)}, ValueError, r"k must be .*Tokens come before channels"),
+        ({"v": torch.zeros(2, 1, 2, 5, 4)}, ValueError, r"v must be \[T, B, H, S, E\] = \(2, 1, 2, 3, 4\)"),
+        ({"k": torch.zeros(SHAPE, dtype=torch.float64)}, TypeError, "k must be torch.float32"),
+        ({"v": torch.zeros(SHAPE, dtype=torch.int64)}, TypeError, "v must be float32"),
+        ({"q": torch.zeros(0, 1, 2, 3, 4)}, ValueError, "none of them 0"),
+        ({"is_causal": True, "q": torch.zeros(2, 1, 2, 5, 4)}, ValueError, "L = 5 and S = 3"),
+        ({"fire": "both"}, ValueError, "fire must be one of 'output', 'map', None, got 'both'"),
+        ({"order": "fast"}, ValueError, "order must be one of"),
+        ({"fire": "map", "order": "state_first"}, ValueError, 'order must be "map_first"'),
+        ({"tau": 1.0}, ValueError, "tau must be > 1"),
+        ({"v_threshold": float("nan")}, ValueError, "v_threshold"),
+        ({"scale": float("inf")}, ValueError, "scale must be finite"),
+        ({"scale": torch.ones(5)}, ValueError, r"scale must broadcast to \[T, B, H, L, 1\]"),
+        ({"key_padding_mask": torch.zeros(1, 3)}, TypeError, "key_padding_mask must be bool"),
+        (
+            {"query_padding_mask": torch.zeros(1, 4, dtype=torch.bool)},
+            ValueError,
+            r"query_padding_mask must be \[B, L\]",
+        ),
+        ({"validate": True, "k": torch.full(SHAPE, 0.5)}, ValueError, "k must hold spikes, 0 or 1, got 0.5"),
+        ({"backend": "gpu"}, ValueError, "backend must be one of"),
+    ],
+)
+def test_bad_input_is_named(change, error, message):
+    inputs = {name: torch.zeros(SHAPE) for name in "qkv"} | change
+    with pytest.raises(error, match=message):
+        spiking_attention(inputs.pop("q"), inputs.pop("k"), inputs.pop("v"), **inputs)

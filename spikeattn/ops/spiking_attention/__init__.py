@@ -1,5 +1,5 @@
-"""Spiking attention: products of spikes, in either order of association."""
+"""Spiking attention: products of spikes in either order of association, and the neurons that follow them."""
 
-from spikeattn.ops.spiking_attention.reference import attention_map, spiking_attention_reference
+from spikeattn.ops.spiking_attention.op import spiking_attention
 
-__all__ = ["attention_map", "spiking_attention_reference"]
+__all__ = ["spiking_attention"]

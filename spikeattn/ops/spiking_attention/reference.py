@@ -1,94 +1,171 @@
 """The definition of spiking attention: plain PyTorch, exact for spikes in any order of association."""
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from spikeattn import _checks
+from spikeattn.ops.lif.reference import lif_reference, state_dtype
 
 Fire = Literal["output", "map"]
 Order = Literal["auto", "map_first", "state_first"]
+
+# Tokens of a chunk of causal attention, state first: between chunks only the state passes.
+CHUNK = 64
+# Where the map fires, so much of it is in memory at once.
+MAP_BYTES = 32 << 20
+
+
+def product(a: Tensor, b: Tensor, c: Tensor, order: str = "auto", is_causal: bool = False) -> Tensor:
+    """``(A B^T) C``, [..., L, E] of [..., L, F], [..., S, F] and [..., S, E]; for j > i nothing if causal (L = S)."""
+    if order == "auto":
+        order = cheaper_order(a.shape[-2], b.shape[-2], a.shape[-1], c.shape[-1], is_causal)
+    if order == "map_first":
+        counts = a @ b.transpose(-1, -2)
+        return (counts.tril() if is_causal else counts) @ c
+    return _causal_state_first(a, b, c) if is_causal else a @ (b.transpose(-1, -2) @ c)
+
+
+def cheaper_order(L: int, S: int, F: int, E: int, is_causal: bool) -> str:
+    """The order with fewer multiplications: L S (F + E) map first, (L + S) F E state first."""
+    states = (L + S) * F * E + (L * CHUNK * (F + E) if is_causal else 0)
+    return "map_first" if states >= L * S * (F + E) else "state_first"
+
+
+def _causal_state_first(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    """Causal `product` in chunks of tokens: the map inside a chunk, the sum of B^T C of those before it."""
+    L = a.shape[-2]
+    a, b, c = (torch.nn.functional.pad(x, (0, 0, 0, -L % CHUNK)).unflatten(-2, (-1, CHUNK)) for x in (a, b, c))
+    inside = (a @ b.transpose(-1, -2)).tril() @ c
+    states = b.transpose(-1, -2) @ c  # [..., L / CHUNK, F, E]
+    before = states.cumsum(-3) - states
+    return (inside + a @ before).flatten(-3, -2)[..., :L, :]
 
 
 def spiking_attention_reference(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    *,
-    scale: float | Tensor,
-    fire: Fire,
-    neuron: Callable[[Tensor], Tensor],
-    order: Order = "auto",
-    key_padding_mask: Tensor | None = None,
-    is_causal: bool = False,
+    scale: Tensor,
+    query_padding_mask: Tensor | None,
+    key_padding_mask: Tensor | None,
+    fire: str | None,
+    order: str,
+    is_causal: bool,
+    tau: float,
+    v_threshold: float,
+    v_reset: float | None,
+    detach_reset: bool,
+    surrogate: Callable[[Tensor], Tensor],
 ) -> Tensor:
-    """Attention between spikes, without a softmax, fired over T.
+    """Return [T, B, H, L, E], differentiable in ``q``, ``k`` and ``v``; equation: `spiking_attention`.
 
-    ::
-
-        fire="output":  neuron(scale * (Q K^T) V)      SpikEmo's code, as Spikformer
-        fire="map":     neuron(scale * Q K^T) V        SpikEmo, eq. (1)
-
-    Source: Zhou et al. 2022 (Spikformer, arXiv:2209.15425), spiking self-attention; Yu et al. (SpikEmo), eq. (1),
-    with its tau as ``scale`` and its step as ``neuron``.
-
-    Args:
-        q: Spikes [T, B, H, L, E].
-        k: Spikes [T, B, H, L, E].
-        v: Spikes [T, B, H, L, E].
-        scale: A number, or a tensor that broadcasts to [T, B, H, L, 1]; applied once, after the sums. A power of
-            two keeps every result exact.
-        fire: What fires, the product or the map.
-        neuron: Fires over T (axis 0), e.g. a `LIF`. It is given [T, B, L, H * E] for "output" and
-            [T, B, H, L, L] for "map".
-        order: "map_first" is (Q K^T) V, 4 L^2 E operations a head; "state_first" is Q (K^T V), 4 L E^2; "auto" the
-            cheaper. With "map" only the first exists.
-        key_padding_mask: [B, L], True at padding: queries, keys and values there count as zero.
-        is_causal: Token i sees tokens j <= i.
-
-    Returns:
-        [T, B, L, H * E] in the dtype of ``q``: spikes for "output", counts of spikes for "map".
-
-    Numerics:
-        Sums of 0/1 products are integers, at most L * E: float32 holds them exactly, so that both orders, and any
-        padding, give the same bits. Inside autocast the products stay float32.
-
-    Raises:
-        ValueError: L * E > 2**24; "state_first" with ``fire="map"``.
+    ``scale`` is a tensor that broadcasts to [T, B, H, L, 1].
     """
-    L, E = q.shape[-2:]
-    _checks.check_exact_products("spiking_attention", L, E)
-    if fire == "map" and order == "state_first":
-        raise ValueError('spiking_attention: order must be "map_first" where the map fires, got "state_first".')
-    if order == "auto":
-        order = "map_first" if fire == "map" or is_causal or L <= E else "state_first"
     dtype = q.dtype
+    q, k, v = masked(q, query_padding_mask), masked(k, key_padding_mask), masked(v, key_padding_mask)
+    neuron = (q.shape[0], tau, True, v_threshold, v_reset, detach_reset, surrogate)
+    rest = torch.full((), 0.0 if v_reset is None else v_reset, dtype=q.dtype, device=q.device)
     with torch.autocast(q.device.type, enabled=False):
-        q, k, v = (s if s.dtype == torch.float64 else s.float() for s in (q, k, v))
-        if key_padding_mask is not None:
-            valid = ~key_padding_mask[None, :, None, :, None]  # [1, B, 1, L, 1]
-            q, k, v = q * valid, k * valid, v * valid
         if fire == "map":
-            fired = neuron(attention_map(q, k, is_causal) * scale)
-            return _merge_heads(fired @ v).to(dtype)
-        if order == "map_first":
-            product = attention_map(q, k, is_causal) @ v
-        elif is_causal:
-            state = torch.cumsum(k.unsqueeze(-1) * v.unsqueeze(-2), dim=-3)  # [T, B, H, L, E, E]
-            product = (q.unsqueeze(-2) @ state).squeeze(-2)
-        else:
-            product = q @ (k.transpose(-1, -2) @ v)
-        return neuron(_merge_heads(product * scale)).to(dtype)
+            counts = q @ k.transpose(-1, -2)
+            current = (counts.tril() if is_causal else counts) * scale
+            spikes, _, _ = lif_reference(current, rest.expand(current.shape[1:]), None, *neuron)
+            return (spikes @ v).to(dtype)
+        current = product(q, k, v, order, is_causal) * scale
+        if fire is None:
+            return current.to(dtype)
+        return lif_reference(current, rest.expand(current.shape[1:]), None, *neuron)[0].to(dtype)
 
 
-def attention_map(q: Tensor, k: Tensor, is_causal: bool = False) -> Tensor:
-    """Q K^T, [T, B, H, L, L]: how many channels fire in query i and key j together; zero for j > i if causal."""
-    counts = q @ k.transpose(-1, -2)
-    return counts.tril() if is_causal else counts
+def masked(x: Tensor, padding_mask: Tensor | None) -> Tensor:
+    """``x`` [T, B, H, L, E] in the dtype of the sums, zero at padding [B, L]."""
+    x = x.to(state_dtype(x))
+    return x if padding_mask is None else x.masked_fill(padding_mask[:, None, :, None], 0.0)
 
 
-def _merge_heads(x: Tensor) -> Tensor:
-    """[T, B, H, L, E] to [T, B, L, H * E]."""
-    return x.transpose(2, 3).flatten(3)
+class Neuron(NamedTuple):
+    """A LIF layer from rest, by its two directions."""
+
+    fire: Callable[[Tensor], Tensor]  # spikes [T, *N] of currents [T, *N]
+    gradient: Callable[[Tensor, Tensor], Tensor]  # of the current, from that of the spikes, and the current
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: Tensor,
+    fire: str | None,
+    order: str,
+    is_causal: bool,
+    neuron: Neuron,
+) -> Tensor:
+    """`spiking_attention_reference` of masked ``q``, ``k``, ``v``, with any implementation of the neurons."""
+    if fire != "map":
+        current = product(q, k, v, order, is_causal) * scale
+        return current if fire is None else neuron.fire(current)
+    out = torch.empty_like(q[..., :1].expand(*q.shape[:-1], v.shape[-1]), memory_format=torch.contiguous_format)
+    for rows in map_tiles(q, k):
+        out[..., rows, :] = neuron.fire(attention_map(q, k, scale, rows, is_causal)) @ v
+    return out
+
+
+def attend_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: Tensor,
+    fire: str | None,
+    order: str,
+    is_causal: bool,
+    neuron: Neuron,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of masked ``q``, ``k``, ``v``; currents are computed again. Derivation: ``README.md``."""
+    if fire == "map":
+        return _map_backward(grad, q, k, v, scale, is_causal, neuron)
+    if fire == "output":
+        grad = neuron.gradient(grad, product(q, k, v, order, is_causal) * scale)
+    grad = grad * scale
+    grad_q = product(grad, v, k, is_causal=is_causal)
+    if not is_causal:
+        return grad_q, product(v, grad, q), product(k, q, grad)
+    # Token j is seen by tokens i >= j: the same product of reversed sequences.
+    q, k, v, grad = (x.flip(-2) for x in (q, k, v, grad))
+    return grad_q, product(v, grad, q, is_causal=True).flip(-2), product(k, q, grad, is_causal=True).flip(-2)
+
+
+def _map_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: Tensor, is_causal: bool, neuron: Neuron
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`attend_backward` where the map fires; a tile of queries at a time."""
+    grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    for rows in map_tiles(q, k):
+        current = attention_map(q, k, scale, rows, is_causal)
+        grad_v += neuron.fire(current).transpose(-1, -2) @ grad[..., rows, :]
+        grad_map = neuron.gradient(grad[..., rows, :] @ v.transpose(-1, -2), current) * scale_of(scale, rows)
+        if is_causal:
+            grad_map = grad_map.tril(rows.start)
+        grad_q[..., rows, :] = grad_map @ k
+        grad_k += grad_map.transpose(-1, -2) @ q[..., rows, :]
+    return grad_q, grad_k, grad_v
+
+
+def attention_map(q: Tensor, k: Tensor, scale: Tensor, rows: slice, is_causal: bool) -> Tensor:
+    """``scale Q K^T`` of the queries in ``rows``, [T, B, H, rows, S]; zero for j > i if causal."""
+    counts = q[..., rows, :] @ k.transpose(-1, -2)
+    return (counts.tril(rows.start) if is_causal else counts) * scale_of(scale, rows)
+
+
+def scale_of(scale: Tensor, rows: slice) -> Tensor:
+    """The part of ``scale`` that belongs to the queries in ``rows``."""
+    return scale if scale.shape[-2] == 1 else scale[..., rows, :]
+
+
+def map_tiles(q: Tensor, k: Tensor) -> list[slice]:
+    """Queries in tiles whose maps, over all time steps, take no more than `MAP_BYTES`."""
+    L, bytes_a_row = q.shape[-2], q[..., 0, 0].numel() * k.shape[-2] * q.element_size()
+    rows = max(1, MAP_BYTES // max(1, bytes_a_row))
+    return [slice(i, min(L, i + rows)) for i in range(0, L, rows)]
