@@ -120,7 +120,9 @@ def spiking_attention(
     inputs = (q, k, v, scale, query_padding_mask, key_padding_mask)
     if isinstance(surrogate, Surrogate):
         return _attention(*inputs, *settings, surrogate.name, float(surrogate.alpha), chosen)
-    return spiking_attention_reference(*inputs, *settings, surrogate)
+    return spiking_attention_reference(
+        q, k, v, scale, query_padding_mask, key_padding_mask, *settings, surrogate
+    )  # fmt: skip
 
 
 def attend_by_map(
