@@ -50,7 +50,76 @@ def attend_and_fire(
     return neuron(heads.flatten(3)).view(heads.shape).transpose(2, 3)
 
 
-class SpikingSelfAttention(nn.Module):
+def split_heads(x: Tensor, num_heads: int) -> Tensor:
+    """[T, B, H, L, E] of [T, B, L, D], a view."""
+    return x.unflatten(-1, (num_heads, -1)).transpose(2, 3)
+
+
+def merge_heads(x: Tensor) -> Tensor:
+    """[T, B, L, D] of [T, B, H, L, E]."""
+    return x.transpose(2, 3).flatten(3)
+
+
+def count_tokens(x: Tensor, key_padding_mask: Tensor | None) -> Tensor:
+    """How many tokens of ``x`` [T, B, L, D] are no padding, [B], or [1] without a mask."""
+    if key_padding_mask is None:
+        return torch.full((1,), x.shape[2], device=x.device)
+    return (~key_padding_mask).sum(1)
+
+
+class HeadedAttention(nn.Module):
+    """What the attention modules share: heads, projections to them, the attention's neurons, the way out.
+
+    Args:
+        dim: Width D of a token.
+        num_heads: Heads H; D is a multiple of it.
+        options: What all layers of a model share.
+        attn_v_threshold: Threshold of the attention's neurons.
+        scale: Multiplies what the attention's neurons are given.
+        projections: Name and width of the input of each `SpikingLinear` to D.
+    """
+
+    q: SpikingLinear
+    k: SpikingLinear
+    v: SpikingLinear
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        options: SpikingOptions,
+        attn_v_threshold: float,
+        scale: float,
+        projections: dict[str, int],
+    ) -> None:
+        super().__init__()
+        _checks.check_heads(type(self).__name__, dim, num_heads)
+        _checks.check_finite(type(self).__name__, "scale", scale)
+        self.dim, self.num_heads, self.scale, self.init = dim, num_heads, scale, options.init
+        for name, width in projections.items():
+            self.add_module(name, SpikingLinear(width, dim, options))
+        self.attn_lif = options.lif(attn_v_threshold)
+        self.out = SpikingLinear(dim, dim, options)
+
+    def check(self, x: Tensor, key_padding_mask: Tensor | None) -> None:
+        """``x`` is [T, B, L, D], and the mask fits."""
+        _checks.check_tokens(type(self).__name__, x, self.dim)
+        _checks.check_padding_mask(type(self).__name__, key_padding_mask, *x.shape[1:3])
+
+    def project(self, names: str, x: Tensor, key_padding_mask: Tensor | None) -> list[Tensor]:
+        """Spikes [T, B, H, L, E] of ``x`` by each projection in ``names``."""
+        return [split_heads(self.get_submodule(name)(x, key_padding_mask), self.num_heads) for name in names]
+
+    def scaled(self, gain: Callable[[], Tensor]) -> float | Tensor:
+        """``scale``, times the ``gain`` of the alive start."""
+        return self.scale * gain() if self.init == "alive" else self.scale
+
+    def extra_repr(self) -> str:
+        """Hyper-parameters, as printed in the module's repr."""
+        return f"{self.dim}, num_heads={self.num_heads}, scale={self.scale}, init={self.init!r}"
+
+
+class SpikingSelfAttention(HeadedAttention):
     """Self-attention between spikes, without a softmax, over all T time steps at once.
 
     ::
@@ -118,19 +187,13 @@ class SpikingSelfAttention(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        _checks.check_heads("SpikingSelfAttention", dim, num_heads)
         _checks.check_choice("SpikingSelfAttention", "fire", fire, ("output", "map"))
-        _checks.check_finite("SpikingSelfAttention", "scale", scale)
         options = SpikingOptions(
             norm, tau, v_threshold, v_reset, surrogate_function, detach_reset, init, backend, device, dtype
         )
-        self.dim, self.num_heads, self.scale = dim, num_heads, scale
+        super().__init__(dim, num_heads, options, attn_v_threshold, scale, {"q": dim, "k": dim, "v": dim})
         self.fire: Fire = fire
-        self.is_causal, self.init = is_causal, init
-        self.q, self.k, self.v = (SpikingLinear(dim, dim, options) for _ in range(3))
-        self.attn_lif = options.lif(attn_v_threshold)
-        self.out = SpikingLinear(dim, dim, options)
+        self.is_causal = is_causal
 
     def forward(
         self, x: Float[Tensor, "T B L D"], key_padding_mask: Bool[Tensor, "B L"] | None = None
@@ -144,36 +207,25 @@ class SpikingSelfAttention(nn.Module):
         Returns:
             Spikes [T, B, L, D]; zero at padding, and elsewhere what the unpadded input gives.
         """
-        _checks.check_tokens("SpikingSelfAttention", x, self.dim)
-        T, B, L, D = x.shape
-        _checks.check_padding_mask("SpikingSelfAttention", key_padding_mask, B, L)
-        heads = (T, B, L, self.num_heads, D // self.num_heads)
-        q, k, v = (
-            project(x, key_padding_mask).view(heads).transpose(2, 3)  # [T, B, H, L, E]
-            for project in (self.q, self.k, self.v)
-        )
+        self.check(x, key_padding_mask)
+        q, k, v = self.project("qkv", x, key_padding_mask)
         attended = attend_and_fire(
             self.attn_lif, q, k, v,
-            scale=self._scale(x, key_padding_mask), fire=self.fire, is_causal=self.is_causal,
+            scale=self.scaled(lambda: self._gain(x, key_padding_mask)), fire=self.fire, is_causal=self.is_causal,
             query_padding_mask=key_padding_mask, key_padding_mask=key_padding_mask,
         )  # fmt: skip
-        return self.out(attended.transpose(2, 3).flatten(3), key_padding_mask)
+        return self.out(merge_heads(attended), key_padding_mask)
 
-    def _scale(self, x: Tensor, key_padding_mask: Tensor | None) -> float | Tensor:
-        """``scale``, times the gain of the alive start: [1, B or 1, 1, L or 1, 1]."""
-        if self.init == "published":
-            return self.scale
-        L = x.shape[2]
-        if key_padding_mask is None:
-            key_padding_mask = torch.zeros(1, L, dtype=torch.bool, device=x.device)
-        seen = (~key_padding_mask).cumsum(1)  # keys at or before each token
-        keys = seen if self.is_causal else seen[:, -1:]
+    def _gain(self, x: Tensor, key_padding_mask: Tensor | None) -> Tensor:
+        """Gain of the alive start, [1, B or 1, 1, L or 1, 1]."""
+        if self.is_causal:
+            tokens = torch.ones(1, x.shape[2], device=x.device) if key_padding_mask is None else ~key_padding_mask
+            keys = tokens.cumsum(1)  # those at or before each token
+        else:
+            keys = count_tokens(x, key_padding_mask).unsqueeze(1)
         gain = attention_gain(keys, self.dim // self.num_heads, self.attn_lif.tau, self.fire)
-        return self.scale * gain[None, :, None, :, None]
+        return gain[None, :, None, :, None]
 
     def extra_repr(self) -> str:
         """Hyper-parameters, as printed in the module's repr."""
-        return (
-            f"{self.dim}, num_heads={self.num_heads}, scale={self.scale}, fire={self.fire!r}, "
-            f"is_causal={self.is_causal}, init={self.init!r}"
-        )
+        return f"{super().extra_repr()}, fire={self.fire!r}, is_causal={self.is_causal}"
