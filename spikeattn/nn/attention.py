@@ -11,6 +11,7 @@ from spikeattn._backends import Backend
 from spikeattn.nn.alive import attention_gain
 from spikeattn.nn.neuron import LIF
 from spikeattn.nn.projection import Init, Norm, SpikingLinear, SpikingOptions
+from spikeattn.ops.lif.reference import state_dtype
 from spikeattn.ops.spiking_attention import spiking_attention
 from spikeattn.ops.spiking_attention.op import attend_by_map
 from spikeattn.ops.spiking_attention.reference import Fire
@@ -18,7 +19,7 @@ from spikeattn.ops.surrogate import ATan
 
 
 def attend_and_fire(
-    neuron: LIF,
+    neuron: nn.Module,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -31,23 +32,40 @@ def attend_and_fire(
 ) -> Tensor:
     """`spiking_attention` with the settings of ``neuron``, [T, B, H, L, E].
 
-    Where somebody looks at ``neuron`` (a hook, a monitor, ``store_v_seq``) or it is stateful, it is called itself, with
-    its currents in memory: the same bits.
+    Where somebody looks at ``neuron`` (a hook, a monitor, ``store_v_seq``), it is stateful, or a user has put a neuron
+    of another class in its place, it is called itself, with its currents in memory: the same bits.
     """
-    watched = neuron._forward_hooks or neuron._forward_pre_hooks or neuron.store_v_seq or neuron.stateful
-    if watched and fire == "map":
+    hooked = neuron._forward_hooks or neuron._forward_pre_hooks
+    if isinstance(neuron, LIF) and not (hooked or neuron.store_v_seq or neuron.stateful):
+        return spiking_attention(
+            q, k, v, fire=fire, scale=scale, is_causal=is_causal,
+            query_padding_mask=query_padding_mask, key_padding_mask=key_padding_mask,
+            tau=neuron.tau, v_threshold=neuron.v_threshold, v_reset=neuron.v_reset, detach_reset=neuron.detach_reset,
+            surrogate=neuron.surrogate_function, backend=neuron.backend,
+        )  # fmt: skip
+    if fire == "map":
         return attend_by_map(neuron, q, k, v, scale, query_padding_mask, key_padding_mask, is_causal)
-    attended = spiking_attention(
-        q, k, v,
-        fire=None if watched else fire, scale=scale, is_causal=is_causal,
+    current = attention_current(neuron, q, k, v, scale, query_padding_mask, key_padding_mask, is_causal)
+    return split_heads(neuron(merge_heads(current)).to(q.dtype), q.shape[2])
+
+
+def attention_current(
+    neuron: nn.Module,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float | Tensor,
+    query_padding_mask: Tensor | None,
+    key_padding_mask: Tensor | None,
+    is_causal: bool = False,
+) -> Tensor:
+    """What ``neuron`` is to be given, [T, B, H, L, E], as wide as inside the operation, never 16-bit."""
+    wide = (x.to(state_dtype(x)) for x in (q, k, v))
+    return spiking_attention(
+        *wide, fire=None, scale=scale, is_causal=is_causal,
         query_padding_mask=query_padding_mask, key_padding_mask=key_padding_mask,
-        tau=neuron.tau, v_threshold=neuron.v_threshold, v_reset=neuron.v_reset, detach_reset=neuron.detach_reset,
-        surrogate=neuron.surrogate_function, backend=neuron.backend,
+        backend=neuron.backend if isinstance(neuron, LIF) else "auto",
     )  # fmt: skip
-    if not watched:
-        return attended
-    heads = attended.transpose(2, 3)
-    return neuron(heads.flatten(3)).view(heads.shape).transpose(2, 3)
 
 
 def split_heads(x: Tensor, num_heads: int) -> Tensor:

@@ -9,10 +9,8 @@ from torch import Tensor
 from spikeattn import _checks
 from spikeattn._backends import Backend
 from spikeattn.nn.alive import attention_gain
-from spikeattn.nn.attention import HeadedAttention, count_tokens, merge_heads
+from spikeattn.nn.attention import HeadedAttention, attention_current, count_tokens, merge_heads
 from spikeattn.nn.projection import Init, Norm, SpikingOptions
-from spikeattn.ops.lif.reference import state_dtype
-from spikeattn.ops.spiking_attention import spiking_attention
 from spikeattn.ops.surrogate import ATan
 
 
@@ -87,17 +85,14 @@ class SpatioTemporalAttention(HeadedAttention):
         _checks.check_chunk("SpatioTemporalAttention", self.chunk, x.shape[0])
         q, k, v = (self._to_chunks(spikes) for spikes in self.project("qkv", x, key_padding_mask))
         mask = None if key_padding_mask is None else key_padding_mask.repeat(1, self.chunk)
-        current = spiking_attention(
-            q, k, v, fire=None, scale=self.scaled(lambda: self._gain(x, key_padding_mask)),
-            query_padding_mask=mask, key_padding_mask=mask, backend=self.attn_lif.backend,
-        )  # fmt: skip
+        scale = self.scaled(lambda: self._gain(x, key_padding_mask))
+        current = attention_current(self.attn_lif, q, k, v, scale, mask, mask)
         spikes = self.attn_lif(merge_heads(self._from_chunks(current)))
         return self.out(spikes.to(x.dtype), key_padding_mask)
 
     def _to_chunks(self, spikes: Tensor) -> Tensor:
-        """[T / chunk, B, H, chunk * L, E] of [T, B, H, L, E], in a dtype that holds the sums."""
-        chunks = spikes.unflatten(0, (-1, self.chunk)).permute(0, 2, 3, 1, 4, 5).flatten(3, 4)
-        return chunks.to(state_dtype(spikes))
+        """[T / chunk, B, H, chunk * L, E] of [T, B, H, L, E]."""
+        return spikes.unflatten(0, (-1, self.chunk)).permute(0, 2, 3, 1, 4, 5).flatten(3, 4)
 
     def _from_chunks(self, current: Tensor) -> Tensor:
         """[T, B, H, L, E] of [T / chunk, B, H, chunk * L, E]."""

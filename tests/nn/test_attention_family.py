@@ -5,6 +5,7 @@ import inspect
 
 import pytest
 import torch
+from spikingjelly.activation_based.neuron import LIFNode
 
 from spikeattn import (
     LIF,
@@ -140,13 +141,21 @@ def test_exports_and_compiles(name):
 
 
 @every_module
-def test_a_neuron_that_is_looked_at_fires_the_same(name):
-    module = make(name, dtype=torch.float64).eval()
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_neuron_that_is_looked_at_or_replaced_fires_the_same(name, dtype):
+    module = make(name).to(dtype).eval()
     x, mask = tokens([2, 6], 6)
+    x = x.to(dtype)
     wanted = call(module, x, mask)
-    module.attn_lif.store_v_seq = True
+    assert wanted.dtype == dtype
+    own = module.attn_lif
+    own.store_v_seq = True
     assert torch.equal(call(module, x, mask), wanted)
-    assert module.attn_lif.v_seq.shape[0] == T
+    assert own.v_seq.shape[0] == T
+    own.store_v_seq = False
+    if dtype == torch.float64:  # theirs would round its potential to 16 bits
+        module.attn_lif = LIFNode(own.tau, True, own.v_threshold, own.v_reset, step_mode="m")
+        assert torch.equal(call(module, x, mask), wanted)
 
 
 @every_module
