@@ -17,7 +17,7 @@ from spikeattn.nn import (
 )
 from spikeattn.ops.lif import LIFOutput, lif
 from spikeattn.ops.norm_lif import norm_lif
-from spikeattn.ops.spiking_attention import spiking_attention
+from spikeattn.ops.spiking_attention import AttentionState, spiking_attention, spiking_attention_step
 from spikeattn.ops.surrogate import (
     ATan,
     CustomSurrogate,
@@ -38,6 +38,7 @@ __all__ = [
     "IF",
     "LIF",
     "ATan",
+    "AttentionState",
     "BackendStatus",
     "BackendUnavailableError",
     "CustomSurrogate",
@@ -64,4 +65,5 @@ __all__ = [
     "norm_lif",
     "spike",
     "spiking_attention",
+    "spiking_attention_step",
 ]
