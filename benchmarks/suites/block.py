@@ -51,7 +51,7 @@ def _case(name: str, T: int, B: int, L: int, D: int, heads: int, low: bool, devi
     torch.manual_seed(0)
     x = torch.randn(T, B, L, D, device=device)
     ours = SpikingTransformerBlock(D, heads, tau=TAU).to(device)
-    peer = PeerBlock(D, heads, ours.attn._scale(x, None).item()).to(device)
+    peer = PeerBlock(D, heads, ours.attn._scale(torch.tensor([[L]])).item()).to(device)
     for own, other in zip(_layers(ours), [peer.q, peer.k, peer.v, peer.out, *peer.mlp], strict=True):
         other[0].load_state_dict(own.linear.state_dict())
         other[1].load_state_dict(own.norm.state_dict())
