@@ -22,7 +22,7 @@ from spikeattn.nn import (
 )
 from spikeattn.ops.lif import LIFOutput, lif
 from spikeattn.ops.norm_lif import norm_lif
-from spikeattn.ops.spiking_attention import spiking_attention
+from spikeattn.ops.spiking_attention import AttentionState, spiking_attention, spiking_attention_step
 from spikeattn.ops.surrogate import (
     ATan,
     CustomSurrogate,
@@ -43,6 +43,7 @@ __all__ = [
     "IF",
     "LIF",
     "ATan",
+    "AttentionState",
     "BackendStatus",
     "BackendUnavailableError",
     "CustomSurrogate",
@@ -74,4 +75,5 @@ __all__ = [
     "norm_lif",
     "spike",
     "spiking_attention",
+    "spiking_attention_step",
 ]

@@ -1,6 +1,7 @@
 """Spiking self-attention as a module."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -10,12 +11,19 @@ from spikeattn import _checks
 from spikeattn._backends import Backend
 from spikeattn.nn.alive import attention_gain
 from spikeattn.nn.neuron import LIF
-from spikeattn.nn.projection import Init, Norm, SpikingLinear, SpikingOptions
+from spikeattn.nn.projection import Init, Norm, SpikingLinear, SpikingOptions, TokenBatchNorm
 from spikeattn.ops.lif.reference import state_dtype
-from spikeattn.ops.spiking_attention import spiking_attention
+from spikeattn.ops.spiking_attention import AttentionState, spiking_attention, spiking_attention_step
 from spikeattn.ops.spiking_attention.op import attend_by_map
 from spikeattn.ops.spiking_attention.reference import Fire
 from spikeattn.ops.surrogate import ATan
+
+
+class StreamState(NamedTuple):
+    """What a causal module keeps between two calls of ``step``: attention's state, and tokens so far [B or 1]."""
+
+    attention: AttentionState
+    tokens: Tensor
 
 
 def attend_and_fire(
@@ -227,22 +235,62 @@ class SpikingSelfAttention(HeadedAttention):
         """
         self.check(x, key_padding_mask)
         q, k, v = self.project("qkv", x, key_padding_mask)
+        keys = self._seen(x, key_padding_mask, 0)
         attended = attend_and_fire(
             self.attn_lif, q, k, v,
-            scale=self.scaled(lambda: self._gain(x, key_padding_mask)), fire=self.fire, is_causal=self.is_causal,
+            scale=self._scale(keys if self.is_causal else keys[:, -1:]), fire=self.fire, is_causal=self.is_causal,
             query_padding_mask=key_padding_mask, key_padding_mask=key_padding_mask,
         )  # fmt: skip
         return self.out(merge_heads(attended), key_padding_mask)
 
-    def _gain(self, x: Tensor, key_padding_mask: Tensor | None) -> Tensor:
-        """Gain of the alive start, [1, B or 1, 1, L or 1, 1]."""
-        if self.is_causal:
-            tokens = torch.ones(1, x.shape[2], device=x.device) if key_padding_mask is None else ~key_padding_mask
-            keys = tokens.cumsum(1)  # those at or before each token
-        else:
-            keys = count_tokens(x, key_padding_mask).unsqueeze(1)
-        gain = attention_gain(keys, self.dim // self.num_heads, self.attn_lif.tau, self.fire)
-        return gain[None, :, None, :, None]
+    def step(
+        self,
+        x: Float[Tensor, "T B L D"],
+        state: StreamState | None = None,
+        key_padding_mask: Bool[Tensor, "B L"] | None = None,
+    ) -> tuple[Float[Tensor, "T B L D"], StreamState]:
+        """Attend for the next L tokens of a sequence, one or more, to them and to all before; only if causal.
+
+        Args:
+            x: The tokens [T, B, L, D], all T time steps of each.
+            state: What the call before returned; None at the start.
+            key_padding_mask: [B, L], True where a sequence of the batch has no token.
+
+        Returns:
+            Spikes [T, B, L, D], those of one call with the whole sequence (how exactly: ``docs/numerics.md``), and
+            the state, whose size does not depend on the number of tokens unless the map fires.
+
+        Raises:
+            ValueError: The module is not causal, or normalises by the statistics of a batch it does not see.
+        """
+        if not self.is_causal:
+            raise ValueError("SpikingSelfAttention: step needs is_causal=True: later tokens would change earlier ones.")
+        if self.training and isinstance(self.q.norm, TokenBatchNorm):
+            raise ValueError('SpikingSelfAttention: step with norm="batch" needs eval(): a piece has other statistics.')
+        self.check(x, key_padding_mask)
+        q, k, v = self.project("qkv", x, key_padding_mask)
+        keys = self._seen(x, key_padding_mask, 0 if state is None else state.tokens[:, None])
+        neuron = self.attn_lif
+        attended, kept = spiking_attention_step(
+            q, k, v, None if state is None else state.attention,
+            scale=self._scale(keys), fire=self.fire, padding_mask=key_padding_mask,
+            tau=neuron.tau, v_threshold=neuron.v_threshold, v_reset=neuron.v_reset, detach_reset=neuron.detach_reset,
+            surrogate=neuron.surrogate_function, backend=neuron.backend,
+        )  # fmt: skip
+        out = self.out(merge_heads(attended), key_padding_mask)
+        return out, StreamState(kept, keys[:, -1])
+
+    @staticmethod
+    def _seen(x: Tensor, key_padding_mask: Tensor | None, before: Tensor | int) -> Tensor:
+        """Keys at or before each token, [B or 1, L]: ``before`` [B, 1] of them came earlier."""
+        if key_padding_mask is None:
+            key_padding_mask = torch.zeros(1, x.shape[2], dtype=torch.bool, device=x.device)
+        return before + (~key_padding_mask).cumsum(1)
+
+    def _scale(self, keys: Tensor) -> float | Tensor:
+        """``scale``, times the gain of the alive start for so many ``keys`` [B or 1, L or 1]: [1, B, 1, L, 1]."""
+        E, tau = self.dim // self.num_heads, self.attn_lif.tau
+        return self.scaled(lambda: attention_gain(keys, E, tau, self.fire)[None, :, None, :, None])
 
     def extra_repr(self) -> str:
         """Hyper-parameters, as printed in the module's repr."""

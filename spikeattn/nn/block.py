@@ -1,6 +1,7 @@
 """Transformer blocks of spiking attention and a spiking MLP."""
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from jaxtyping import Bool, Float
@@ -8,7 +9,7 @@ from torch import Tensor, nn
 
 from spikeattn import _checks
 from spikeattn._backends import Backend
-from spikeattn.nn.attention import SpikingSelfAttention
+from spikeattn.nn.attention import SpikingSelfAttention, StreamState
 from spikeattn.nn.projection import Init, Norm, SpikingLinear, SpikingOptions
 from spikeattn.ops.spiking_attention.reference import Fire
 from spikeattn.ops.surrogate import ATan
@@ -151,6 +152,17 @@ class SpikingTransformerBlock(nn.Module):
         x = x + self.attn(x, key_padding_mask)
         return x + self.mlp(x, key_padding_mask)
 
+    def step(
+        self,
+        x: Float[Tensor, "T B L D"],
+        state: StreamState | None = None,
+        key_padding_mask: Bool[Tensor, "B L"] | None = None,
+    ) -> tuple[Float[Tensor, "T B L D"], StreamState]:
+        """Go on with a causal sequence by the next L tokens: see `SpikingSelfAttention.step`."""
+        attended, state = self.attn.step(x, state, key_padding_mask)
+        x = x + attended
+        return x + self.mlp(x, key_padding_mask), state
+
 
 class SpikingTransformer(nn.Module):
     """``depth`` spiking transformer blocks, one after another.
@@ -229,3 +241,17 @@ class SpikingTransformer(nn.Module):
         for block in self.blocks:
             x = block(x, key_padding_mask)
         return x
+
+    def step(
+        self,
+        x: Float[Tensor, "T B L D"],
+        states: list[StreamState] | None = None,
+        key_padding_mask: Bool[Tensor, "B L"] | None = None,
+    ) -> tuple[Float[Tensor, "T B L D"], list[StreamState]]:
+        """Go on with a causal sequence by L tokens; a state for each block: see `SpikingSelfAttention.step`."""
+        blocks = cast("list[SpikingTransformerBlock]", self.blocks)
+        after = []
+        for i, block in enumerate(blocks):
+            x, state = block.step(x, None if states is None else states[i], key_padding_mask)
+            after.append(state)
+        return x, after

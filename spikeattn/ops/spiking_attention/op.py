@@ -19,9 +19,10 @@ from spikeattn.ops.spiking_attention.reference import (
     attend_backward,
     attention_map,
     masked,
+    product_backward,
     spiking_attention_reference,
 )
-from spikeattn.ops.surrogate import ATan, Surrogate, as_surrogate
+from spikeattn.ops.surrogate import ATan, Surrogate, as_surrogate, surrogate_of
 
 EXACT = 2**24  # float32 holds every integer up to here
 
@@ -114,7 +115,7 @@ def spiking_attention(
             _checks.check_spikes("spiking_attention", name, x)
     surrogate = as_surrogate(surrogate)
     chosen = resolve_backend(backend, q.device, "spiking_attention", lambda name: lif_kernels_take(name, q, surrogate))
-    scale = _as_scale(scale, q)
+    scale = as_scale(scale, q)
     v_reset = None if v_reset is None else float(v_reset)
     settings = (fire, order, is_causal, float(tau), float(v_threshold), v_reset, detach_reset)
     inputs = (q, k, v, scale, query_padding_mask, key_padding_mask)
@@ -139,11 +140,11 @@ def attend_by_map(
     dtype = q.dtype
     q, k, v = masked(q, query_padding_mask), masked(k, key_padding_mask), masked(v, key_padding_mask)
     with torch.autocast(q.device.type, enabled=False):
-        spikes = neuron(attention_map(q, k, _as_scale(scale, q), slice(0, q.shape[3]), is_causal))
+        spikes = neuron(attention_map(q, k, as_scale(scale, q), slice(0, q.shape[3]), is_causal))
         return (spikes @ v).to(dtype)
 
 
-def _as_scale(scale: float | Tensor, q: Tensor) -> Tensor:
+def as_scale(scale: float | Tensor, q: Tensor) -> Tensor:
     """``scale`` as a tensor of five axes in the dtype of the sums."""
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     if not isinstance(scale, Tensor):
@@ -198,6 +199,14 @@ def spiking_attention_forward(
     backend: str,
 ) -> Tensor:
     """Return [T, B, H, L, E], [T, B, L, H, E] in memory."""
+    if backend == "numba":
+        from spikeattn.ops.spiking_attention import cpu
+
+        masks = (query_padding_mask, key_padding_mask)
+        if cpu.takes(q, k, scale):
+            out = cpu.spiking_attention_forward_cpu(q, k, v, scale, *masks, fire, is_causal, tau, v_threshold, v_reset)
+            if out is not None:
+                return out
     own = (masked(q, query_padding_mask), masked(k, key_padding_mask), masked(v, key_padding_mask))
     neuron = _neuron(q, tau, v_threshold, v_reset, detach_reset, surrogate, alpha, backend)
     with torch.autocast(q.device.type, enabled=False):
@@ -238,8 +247,20 @@ def spiking_attention_backward(
     masks = (query_padding_mask, key_padding_mask, key_padding_mask)
     own = (masked(q, query_padding_mask), masked(k, key_padding_mask), masked(v, key_padding_mask))
     neuron = _neuron(q, tau, v_threshold, v_reset, detach_reset, surrogate, alpha, backend)
+    product_grad = None
+    if backend == "numba":
+        from spikeattn.ops.spiking_attention import cpu
+
+        if cpu.takes_backward(q, k, scale, fire):
+            product_grad = cpu.neuron_gradient_cpu(
+                grad, q, k, v, scale, query_padding_mask, key_padding_mask,
+                is_causal, tau, v_threshold, v_reset, detach_reset, surrogate_of(surrogate, alpha),
+            )  # fmt: skip
     with torch.autocast(q.device.type, enabled=False):
-        grads = attend_backward(grad.to(own[0].dtype), *own, scale, fire, order, is_causal, neuron)
+        if product_grad is not None:
+            grads = product_backward(product_grad, *own, is_causal)
+        else:
+            grads = attend_backward(grad.to(own[0].dtype), *own, scale, fire, order, is_causal, neuron)
     grad_q, grad_k, grad_v = (masked(g, mask).to(q.dtype).contiguous() for g, mask in zip(grads, masks, strict=True))
     return grad_q, grad_k, grad_v
 
