@@ -83,19 +83,23 @@ class QKAttention(HeadedAttention):
         self.check(x, key_padding_mask)
         q, k = self.project("qk", x, key_padding_mask)
         scale = self.scaled(lambda: self._gain(x, key_padding_mask))
-        # Padding is silent, so it adds nothing. The sum is never 16-bit, which would round it.
-        counts = q.sum(-1 if self.kind == "token" else 3, keepdim=True, dtype=state_dtype(q))
-        attended = self.attn_lif(counts * scale).to(k.dtype) * k
-        return self.out(merge_heads(attended), key_padding_mask)
+        # Padding is silent, so it adds nothing. The sums are never 16-bit, which would round them.
+        if self.kind == "token":
+            counts = q.sum(-1, dtype=state_dtype(q)).transpose(2, 3)  # [T, B, L, H]
+            passed = self.attn_lif(counts * scale).transpose(2, 3).unsqueeze(-1)
+        else:
+            counts = q.sum(3, dtype=state_dtype(q)).flatten(2)  # [T, B, D]
+            passed = self.attn_lif(counts * scale).unflatten(-1, (self.num_heads, -1)).unsqueeze(3)
+        return self.out(merge_heads(passed.to(k.dtype) * k), key_padding_mask)
 
     def _gain(self, x: Tensor, key_padding_mask: Tensor | None) -> Tensor:
-        """Gain of the alive start, [1, B or 1, 1, 1, 1]."""
+        """Gain of the alive start, [1, B or 1, 1], and an axis more where tokens pass."""
         tau = self.attn_lif.tau
         if self.kind == "token":
-            summed = torch.full((1,), self.dim // self.num_heads, device=x.device)
+            expected = torch.full((1, 1, 1, 1), self.dim // self.num_heads * design_rate(tau), device=x.device)
         else:
-            summed = count_tokens(x, key_padding_mask).clamp_min(1)
-        return count_gain(summed * design_rate(tau), tau, at_threshold=0.5)[None, :, None, None, None]
+            expected = count_tokens(x, key_padding_mask)[None, :, None].clamp_min(1) * design_rate(tau)
+        return count_gain(expected, tau, at_threshold=0.5)
 
     def extra_repr(self) -> str:
         """Hyper-parameters, as printed in the module's repr."""

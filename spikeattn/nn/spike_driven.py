@@ -22,7 +22,7 @@ class SpikeDrivenSelfAttention(HeadedAttention):
     ::
 
         Q, K, V = LIF(norm(Linear(x)))                three projections
-        A = Q * LIF(scale * sum over tokens of K * V)           version=1, per channel, [T, B, 1, D] inside the LIF
+        A = Q * LIF(scale * sum over tokens of K * V)           version=1, per channel
         A = LIF(scale * Q (K^T V))                              version=3, per head
         out = LIF(norm(Linear(A)))
 
@@ -95,18 +95,17 @@ class SpikeDrivenSelfAttention(HeadedAttention):
             )  # fmt: skip
         else:
             # Padding is silent, so it adds nothing. The sum is never 16-bit, which would round it.
-            counts = (k * v).sum(3, keepdim=True, dtype=state_dtype(k))  # [T, B, H, 1, E]
-            attended = q * self.attn_lif(counts * scale).to(q.dtype)
+            counts = (k * v).sum(3, dtype=state_dtype(k)).flatten(2)  # [T, B, D]
+            passed = self.attn_lif(counts * scale).to(q.dtype).unflatten(-1, (self.num_heads, -1))
+            attended = q * passed.unsqueeze(3)
         return self.out(merge_heads(attended), key_padding_mask)
 
     def _gain(self, x: Tensor, key_padding_mask: Tensor | None) -> Tensor:
-        """Gain of the alive start, [1, B or 1, 1, 1, 1]."""
+        """Gain of the alive start, [1, B or 1, 1, ...], an axis for each of what the neurons are given."""
         keys, tau = count_tokens(x, key_padding_mask), self.attn_lif.tau
         if self.version == 3:
-            gain = attention_gain(keys, self.dim // self.num_heads, tau, "output")
-        else:
-            gain = count_gain(keys.clamp_min(1) * design_rate(tau) ** 2, tau, at_threshold=0.5)
-        return gain[None, :, None, None, None]
+            return attention_gain(keys, self.dim // self.num_heads, tau, "output")[None, :, None, None, None]
+        return count_gain(keys.clamp_min(1) * design_rate(tau) ** 2, tau, at_threshold=0.5)[None, :, None]
 
     def extra_repr(self) -> str:
         """Hyper-parameters, as printed in the module's repr."""

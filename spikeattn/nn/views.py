@@ -53,8 +53,8 @@ def firing_rates(model: nn.Module, *inputs: Any, key_padding_mask: Tensor | None
 
 
 def _valid_share(spikes: Tensor, key_padding_mask: Tensor | None) -> float:
-    """Share of ``spikes`` ([T, B, L, D], or a map [T, B, H, L, L]) that belongs to tokens."""
-    if key_padding_mask is None:
+    """Share of ``spikes`` ([T, B, L, D], a map [T, B, H, L, L], or of all tokens [T, B, D]) that belongs to tokens."""
+    if key_padding_mask is None or spikes.ndim == 3:
         return 1.0
     valid = (~key_padding_mask).double()
     if spikes.ndim == 5:

@@ -104,6 +104,16 @@ def test_every_layer_fires_at_the_start(name, steps, tau, train):
 
 
 @every_module
+def test_padding_does_not_thin_the_rates(name):
+    module = make(name).eval()
+    x, mask = tokens([6], 15)
+    x = x.float()
+    alone, padded = x[:, :, :6], (x, x, mask, mask) if "cross" in name else (x, mask)
+    rates = firing_rates(module, *padded, key_padding_mask=mask)
+    assert rates == pytest.approx(firing_rates(module, *((alone, alone) if "cross" in name else (alone,))), rel=1e-9)
+
+
+@every_module
 @both_norms
 def test_every_parameter_learns(name, norm):
     module = make(name, norm=norm)
