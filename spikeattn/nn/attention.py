@@ -11,7 +11,7 @@ from spikeattn import _checks
 from spikeattn._backends import Backend
 from spikeattn.nn.alive import attention_gain
 from spikeattn.nn.neuron import LIF
-from spikeattn.nn.projection import Init, Norm, SpikingLinear, SpikingOptions, TokenBatchNorm
+from spikeattn.nn.projection import Init, Norm, NormedLinear, SpikingLinear, SpikingOptions, TokenBatchNorm
 from spikeattn.ops.lif.reference import state_dtype
 from spikeattn.ops.spiking_attention import AttentionState, spiking_attention, spiking_attention_step
 from spikeattn.ops.spiking_attention.op import attend_by_map
@@ -108,6 +108,7 @@ class HeadedAttention(nn.Module):
     q: SpikingLinear
     k: SpikingLinear
     v: SpikingLinear
+    out: SpikingLinear | NormedLinear  # the latter in a block with a membrane shortcut
 
     def __init__(
         self,
