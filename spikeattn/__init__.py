@@ -18,6 +18,7 @@ from spikeattn.nn import (
     SpikingSelfAttention,
     SpikingTransformer,
     SpikingTransformerBlock,
+    attention_maps,
     firing_rates,
 )
 from spikeattn.ops.lif import LIFOutput, lif
@@ -68,6 +69,7 @@ __all__ = [
     "SpikingTransformerBlock",
     "SuperSpike",
     "Surrogate",
+    "attention_maps",
     "backend_report",
     "backend_status",
     "firing_rates",

@@ -92,6 +92,7 @@ def test_all_names_are_exported_and_sorted():
         "SpikingMLP",
         "SpikingTransformerBlock",
         "SpikingTransformer",
+        "attention_maps",
         "firing_rates",
     ]:
         assert name in spikeattn.__all__

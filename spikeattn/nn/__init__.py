@@ -8,7 +8,7 @@ from spikeattn.nn.neuron import IF, LIF, ParametricLIF, Spike
 from spikeattn.nn.qk_attention import QKAttention
 from spikeattn.nn.spatio_temporal import SpatioTemporalAttention
 from spikeattn.nn.spike_driven import SpikeDrivenSelfAttention
-from spikeattn.nn.views import firing_rates
+from spikeattn.nn.views import attention_maps, firing_rates
 
 __all__ = [
     "IF",
@@ -24,5 +24,6 @@ __all__ = [
     "SpikingSelfAttention",
     "SpikingTransformer",
     "SpikingTransformerBlock",
+    "attention_maps",
     "firing_rates",
 ]
