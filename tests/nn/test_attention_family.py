@@ -128,6 +128,23 @@ def test_every_parameter_learns(name, norm):
 
 
 @every_module
+def test_gradients_are_those_of_autograd_and_never_reach_padding(name):
+    """A neuron that is looked at is a layer of its own, so that PyTorch differentiates the products around it."""
+    module = make(name, dtype=torch.float64)
+    x, mask = tokens([2, 5], 6)
+    x.requires_grad_()
+    weight = torch.randn_like(x)
+    grads = []
+    for watched in (False, True):
+        module.attn_lif.store_v_seq = watched
+        inputs = [x, *module.parameters()]
+        grads.append(torch.autograd.grad((call(module, x, mask) * weight).sum(), inputs))
+    torch.testing.assert_close(*grads, rtol=1e-9, atol=1e-9)
+    assert not grads[0][0][:, mask].any()
+    assert grads[0][0][:, ~mask].any()
+
+
+@every_module
 def test_16_bit_training_step_is_finite_and_spikes_are_spikes(name):
     module = make(name)
     with torch.autocast("cpu", torch.bfloat16):
