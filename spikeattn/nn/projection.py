@@ -100,7 +100,7 @@ class SpikingNorm(nn.Module):
     def forward(self, x: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
         """Spikes [T, B, L, D] of ``x`` [T, B, L, D]; silent at padding."""
         if isinstance(self.norm, TokenBatchNorm):
-            return self.lif(_silenced(self.norm(x, key_padding_mask), key_padding_mask))
+            return self.lif(self.norm(x, key_padding_mask))
         # Through the module's call, not around it, so that hooks and monitors of the neuron see its spikes.
         return self.lif(x, self.norm, key_padding_mask)
 
@@ -125,8 +125,9 @@ class NormedLinear(nn.Module):
         """Currents [T, B, L, out_features] of ``x`` [T, B, L, in_features]; zero at padding."""
         projected = self.linear(x)
         if isinstance(self.norm, TokenBatchNorm):
-            return _silenced(self.norm(projected, key_padding_mask), key_padding_mask)
-        return _silenced(self.norm(projected), key_padding_mask)
+            return self.norm(projected, key_padding_mask)
+        current = self.norm(projected)
+        return current if key_padding_mask is None else current.masked_fill(key_padding_mask[None, :, :, None], 0.0)
 
 
 class SpikingLinear(SpikingNorm):
@@ -160,13 +161,8 @@ class SpikingLinear(SpikingNorm):
     def forward(self, x: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
         """Spikes [T, B, L, out_features] of ``x`` [T, B, L, in_features]; silent at padding."""
         T = x.shape[0]
-        # The same tensor at every step is projected once; statistics of a batch norm count all steps either way.
+        # The same tensor at every step is projected once; a batch norm writes all steps out anyway.
         static = T > 1 and x.stride(0) == 0 and isinstance(self.norm, nn.LayerNorm)
         projected = self.linear(x[:1] if static else x)
         projected = projected.expand(T, *projected.shape[1:]) if static else projected
         return super().forward(projected, key_padding_mask)
-
-
-def _silenced(current: Tensor, key_padding_mask: Tensor | None) -> Tensor:
-    """``current`` [T, B, L, D], zero at padding [B, L]."""
-    return current if key_padding_mask is None else current.masked_fill(key_padding_mask[None, :, :, None], 0.0)

@@ -5,6 +5,7 @@ import inspect
 
 import pytest
 import torch
+from nn.plain import started
 from spikingjelly.activation_based.neuron import LIFNode
 
 from spikeattn import (
@@ -66,7 +67,7 @@ def settled(module):
 @every_module
 @both_norms
 def test_padding_never_changes_a_token(name, norm):
-    module = settled(make(name, norm=norm, dtype=torch.float64))
+    module = settled(started(make(name, norm=norm, dtype=torch.float64)))
     lengths = [1, 4, 6]
     x, mask = tokens(lengths, 9)
     padded = call(module, x, mask)
@@ -81,14 +82,15 @@ def test_padding_never_changes_a_token(name, norm):
 @every_module
 @both_norms
 def test_training_sees_no_padding(name, norm):
-    module = make(name, norm=norm, dtype=torch.float64).train()
+    module = started(make(name, norm=norm, dtype=torch.float64)).train()
     other = copy.deepcopy(module)
     x, mask = tokens([2, 5, 3], 8)
     padded, trimmed = call(module, x, mask), call(other, x[:, :, :5], mask[:, :5])
     assert torch.equal(padded[:, :, :5], trimmed)
     assert not padded[:, :, 5:].any()
     state, wanted = module.state_dict(), other.state_dict()
-    assert all(torch.equal(state[key], wanted[key]) for key in state)
+    for key in state:  # a linear layer may round its last bit otherwise in another shape
+        torch.testing.assert_close(state[key], wanted[key], rtol=1e-12, atol=1e-12)
 
 
 @every_module
@@ -131,7 +133,7 @@ def test_every_parameter_learns(name, norm):
 def test_gradients_are_those_of_autograd_and_never_reach_padding(name):
     """A neuron that is looked at is a layer of its own, so that PyTorch differentiates the products around it."""
     module = make(name, dtype=torch.float64)
-    x, mask = tokens([2, 5], 6)
+    x, mask = tokens([2, 5, 0], 6)
     x.requires_grad_()
     weight = torch.randn_like(x)
     grads = []

@@ -66,7 +66,7 @@ def test_every_parameter_learns(norm):
 
 
 def test_padding_never_changes_a_token():
-    model = make(dtype=torch.float64)
+    model = started(make(dtype=torch.float64))
     lengths = [1, 4, 6]
     mask = torch.arange(9) >= torch.tensor(lengths)[:, None]
     x = torch.randn(T, 3, 9, D, dtype=torch.float64)
