@@ -15,7 +15,9 @@ CHECKED = (
     "spikeattn.ops.lif.reference",
     "spikeattn.ops.norm_lif.op",
     "spikeattn.ops.norm_lif.reference",
-    "spikeattn.ops.spiking_attention",
+    "spikeattn.ops.spiking_attention.op",
+    "spikeattn.ops.spiking_attention.reference",
+    "spikeattn.ops.spiking_attention.streaming",
     "spikeattn.ops.surrogate",
     "spikemo_model",
 )
