@@ -1,4 +1,4 @@
-"""Rules that make spikingjelly's operation counters see our fused neurons.
+"""Rules that make spikingjelly's operation counters see our fused neurons; and `swap_attention`, from ``swap.py``.
 
 spikingjelly counts the ATen operations of its own neurons' loop over T. Ours run in one registered operation, which its
 counters do not know and count as 0. The rules here count what spikingjelly's neuron would have run in its place, with
@@ -22,6 +22,7 @@ from spikingjelly.activation_based.neuron import BaseNode
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from spikeattn.interop.swap import swap_attention as swap_attention
 from spikeattn.nn.neuron import IF, LIF, ParametricLIF
 from spikeattn.ops.lif.op import lif_backward, lif_forward
 from spikeattn.ops.lif.reference import state_dtype
