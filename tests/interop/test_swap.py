@@ -190,6 +190,22 @@ def test_a_stream_goes_on_as_theirs_and_reset_net_ends_it(kind):
         assert torch.equal(ours(x[:4]), theirs(x[:4]))
 
 
+@pytest.mark.parametrize("kind", [attention.SpikingSelfAttention, attention.TokenQKAttention])
+@pytest.mark.parametrize("stateful", [True, False])
+def test_set_step_mode_reaches_the_neurons(kind, stateful):
+    theirs, ours = layer_pair(kind, stateful)
+    x = inputs(kind, T=6)
+    with torch.no_grad():
+        for layer in (theirs, ours):
+            functional.set_step_mode(layer, "s")
+        for piece in x.split(2):  # neurons take each piece for one step
+            assert torch.equal(ours(piece), theirs(piece))
+        for layer in (theirs, ours):
+            functional.reset_net(layer)
+            functional.set_step_mode(layer, "m")
+        assert torch.equal(ours(x), theirs(x))
+
+
 def test_a_swap_in_the_middle_of_a_stream_keeps_the_potentials():
     theirs, _ = layer_pair(attention.SpikingSelfAttention)
     x = inputs(attention.SpikingSelfAttention, T=8)
@@ -338,8 +354,11 @@ def test_what_was_swapped_is_logged(caplog):
     assert "swapped 2 QKAttention, 1 SpikingSelfAttention" in caplog.text
 
 
-@pytest.mark.parametrize("model", [nn.Linear(2, 2), spikeattn.SpikingSelfAttention(8, 2), pair("sdt")[1]])
-def test_a_model_with_nothing_to_swap_is_refused(model):
+@pytest.mark.parametrize(
+    "make", [lambda: nn.Linear(2, 2), lambda: spikeattn.SpikingSelfAttention(8, 2), lambda: pair("sdt")[1]]
+)
+def test_a_model_with_nothing_to_swap_is_refused(make):
+    model = make()
     with pytest.raises(ValueError, match=rf"not swapped yet, got none in {type(model).__name__}\.$"):
         swap_attention(model)
 
