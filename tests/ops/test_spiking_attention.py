@@ -323,6 +323,15 @@ def test_words_of_bits_end_where_tokens_and_channels_do(L, E, fire):
         assert ours.any() or L * E == 1
 
 
+def test_a_module_around_it_exports():
+    class Attention(torch.nn.Module):
+        def forward(self, q, k, v):
+            return spiking_attention(q, k, v, is_causal=True)
+
+    qkv = tuple(spikes(2, 1, 2, 3, 8, rate=0.6) for _ in range(3))
+    assert torch.equal(torch.export.export(Attention(), qkv).module()(*qkv), Attention()(*qkv))
+
+
 def test_any_function_that_fires_is_a_surrogate_on_the_definition():
     q, k, v = (spikes(2, 1, 1, 3, 4, rate=0.7).requires_grad_() for _ in range(3))
     out = spiking_attention(q, k, v, surrogate=torch.sigmoid)

@@ -100,6 +100,8 @@ def forward_kernel(storage: torch.dtype, fire: str | None, divides: bool, hard_r
         first, last = next_blocks(frame, p.pieces, p.blocks, 0)
         while first < last:
             for block in range(first, last):
+                if odd[0]:  # another block holds what is no spike: the call goes to matrix products
+                    break
                 b, h = block // H, block % H
                 potentials[:] = v_rest
                 for t in range(T):
@@ -167,6 +169,8 @@ def backward_kernel(storage: torch.dtype, divides: bool, hard_reset: bool, detac
         first, last = next_blocks(frame, p.pieces, p.blocks, 0)
         while first < last:
             for block in range(first, last):
+                if odd[0]:
+                    break
                 b, h = block // H, block % H
                 carries[:] = v_rest  # first the potentials, then their gradients
                 for t in range(T):
