@@ -24,7 +24,8 @@ def firing_rates(model: nn.Module, *inputs: Any, key_padding_mask: Tensor | None
             It runs once under ``no_grad``, in the mode (train or eval) it is in.
         inputs: What ``model`` is called with.
         key_padding_mask: [B, L], True at padding, as given to the model. Spiking layers of this package are silent
-            at padding; with the mask given, the rates are those of the tokens alone.
+            at padding; with the mask given, the rates are those of the tokens alone. Not for cross-attention between
+            sequences of different lengths, which one mask cannot describe.
 
     Returns:
         Spikes a neuron and time step, between 0 and 1, by the layer's name. A layer that was called several times
