@@ -53,7 +53,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if not options.run_dir:
         if "WORLD_SIZE" in os.environ:
             parser.error("several processes need one --run-dir")
-        options.run_dir = f"runs/meld-{time.strftime('%Y%m%d-%H%M%S')}"
+        options.run_dir = f"runs/meld-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
     if (Path(options.run_dir) / "options.json").exists() and int(os.environ.get("RANK", "0")) == 0:
         parser.error(f"{options.run_dir} holds a run already; go on with it by --resume {options.run_dir}")
     return options

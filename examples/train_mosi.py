@@ -22,7 +22,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--epochs", type=int, default=18)
     parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--run-dir", default=f"runs/mosi-{time.strftime('%Y%m%d-%H%M%S')}")
+    parser.add_argument("--run-dir", default=f"runs/mosi-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
     options = parser.parse_args(argv)
     if "SPIKEMO_DATA" not in os.environ:
         sys.exit("error: set SPIKEMO_DATA to the folder that holds mosi/.")
