@@ -18,10 +18,11 @@ from spikeattn.ops.spiking_attention.reference import (
     attend,
     attend_backward,
     attention_map,
+    current_backward,
     masked,
     spiking_attention_reference,
 )
-from spikeattn.ops.surrogate import ATan, Surrogate, as_surrogate
+from spikeattn.ops.surrogate import ATan, Surrogate, as_surrogate, surrogate_of
 
 EXACT = 2**24  # float32 holds every integer up to here
 
@@ -178,6 +179,15 @@ def _neuron(
     return Neuron(fire, gradient)
 
 
+def _fused(q: Tensor, k: Tensor, fire: str | None, order: str, is_causal: bool, backend: str) -> bool:
+    """Whether kernels of this operation run it; else products do, and the neurons' kernels."""
+    if backend != "cupy":
+        return False
+    from spikeattn.ops.spiking_attention.cuda import takes
+
+    return takes(q.shape[3], k.shape[3], q.shape[4], fire, order, is_causal)
+
+
 @torch.library.custom_op("spikeattn::spiking_attention_forward", mutates_args=(), device_types=("cpu", "cuda"))
 def spiking_attention_forward(
     q: Tensor,
@@ -198,6 +208,11 @@ def spiking_attention_forward(
     backend: str,
 ) -> Tensor:
     """Return [T, B, H, L, E], [T, B, L, H, E] in memory."""
+    if _fused(q, k, fire, order, is_causal, backend):
+        from spikeattn.ops.spiking_attention.cuda import attention_forward_cuda
+
+        inputs = (q, k, v, scale, query_padding_mask, key_padding_mask)
+        return attention_forward_cuda(*inputs, fire, order, is_causal, tau, v_threshold, v_reset)
     own = (masked(q, query_padding_mask), masked(k, key_padding_mask), masked(v, key_padding_mask))
     neuron = _neuron(q, tau, v_threshold, v_reset, detach_reset, surrogate, alpha, backend)
     with torch.autocast(q.device.type, enabled=False):
@@ -237,9 +252,19 @@ def spiking_attention_backward(
     """Return ``(grad_q, grad_k, grad_v)``."""
     masks = (query_padding_mask, key_padding_mask, key_padding_mask)
     own = (masked(q, query_padding_mask), masked(k, key_padding_mask), masked(v, key_padding_mask))
-    neuron = _neuron(q, tau, v_threshold, v_reset, detach_reset, surrogate, alpha, backend)
     with torch.autocast(q.device.type, enabled=False):
-        grads = attend_backward(grad.to(own[0].dtype), *own, scale, fire, order, is_causal, neuron)
+        if fire == "output" and _fused(q, k, fire, order, is_causal, backend):
+            from spikeattn.ops.spiking_attention.cuda import attention_backward_cuda
+
+            derivative = getattr(surrogate_of(surrogate, alpha), "cuda", None)
+            weighted = attention_backward_cuda(
+                grad, q, k, v, scale, query_padding_mask, key_padding_mask, order, is_causal,
+                tau, v_threshold, v_reset, detach_reset, surrogate, alpha, derivative,
+            )  # fmt: skip
+            grads = current_backward(weighted, *own, is_causal)
+        else:
+            neuron = _neuron(q, tau, v_threshold, v_reset, detach_reset, surrogate, alpha, backend)
+            grads = attend_backward(grad.to(own[0].dtype), *own, scale, fire, order, is_causal, neuron)
     grad_q, grad_k, grad_v = (masked(g, mask).to(q.dtype).contiguous() for g, mask in zip(grads, masks, strict=True))
     return grad_q, grad_k, grad_v
 

@@ -128,7 +128,11 @@ def attend_backward(
         return _map_backward(grad, q, k, v, scale, is_causal, neuron)
     if fire == "output":
         grad = neuron.gradient(grad, product(q, k, v, order, is_causal) * scale)
-    grad = grad * scale
+    return current_backward(grad * scale, q, k, v, is_causal)
+
+
+def current_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of masked ``q``, ``k``, ``v`` from ``grad``, that of the currents times the scale."""
     grad_q = product(grad, v, k, is_causal=is_causal)
     if not is_causal:
         return grad_q, product(v, grad, q), product(k, q, grad)
