@@ -30,5 +30,5 @@ if __name__ == "__main__":
     for fire, order in (("output", "map_first"), ("output", "state_first"), ("map", "auto")):
         check_attention(1, 1, 1, 1, 1, 1, fire=fire, order=order)
         check_attention(2, 1, 1, 3, 7, 128, fire=fire, order=order)
-    check_attention(2, 1, 1, 35, 35, 9, causal=True)
+        check_attention(1, 1, 1, 70, 70, 9, fire=fire, order=order, causal=True)
     print("clean")

@@ -39,6 +39,7 @@ def programs() -> Iterator[tuple[str, str, str, Program]]:
     for E in (32, 64, 128):
         for order in ("map_first", "state_first") if E > 32 else ("state_first",):
             yield from _attention("sm_90", torch.float32, E, "output", order, packing=E == 128 and order == "map_first")
+        yield from _attention("sm_90", torch.float32, E, "output", "state_first", causal=True, packing=False)
     yield from _attention("sm_90", torch.float32, 128, "map", "auto", S=512, packing=False)
     for T in (8, 16, 32, 64):
         yield from _lif("sm_90", torch.float32, T, forward=False, tensor_tau=True)

@@ -76,6 +76,7 @@ def test_plans_of_spiking_attention_reach_every_query_within_the_limits(heads, E
             assert rows * tile(plan, "kWords") <= 16
         assert forward.shared_bytes == 4 * 128 * tile(forward, "kRows")
         assert plan_attention("forward", heads, L, E, "bf16", True).shared_bytes == 0
+        assert plan_attention("forward", heads, L, E, "bf16", True, True).shared_bytes == forward.shared_bytes
     check_limits(plan_pack(heads, E, "bf16", True))
     check_limits(plan_states(heads, E, "bf16"))
     assert 32 * tile(plan_states(heads, E, "bf16"), "kWords") >= E

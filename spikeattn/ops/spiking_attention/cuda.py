@@ -14,23 +14,19 @@ MAX_BLOCKS = 2**16  # far more than any device runs at once; the rest strides
 BUSY_WARPS = 2**12  # below this narrower tiles that keep more warps busy are preferred
 
 MAX_CHANNELS = 128  # of a head: 4 words of spikes
-MAX_CAUSAL = 512  # tokens whose map, though half of it is empty, is taken before the composite's states of chunks
 MAX_MAP_KEYS = 512  # where the map fires: the potentials of a query with all of them stay in registers
 
 LANE_SUMS = 16  # sums, or potentials, of a tile that a lane holds at most
+CHUNK = 64  # kChunk in kernels.cu
 STATE_ROWS = 8  # channels of keys a warp of spk_attention_states; divides 32
 
 # What spikeattn.cuh and the neuron need where a kernel has no use for it.
 UNUSED = (("kVector", 1), *neuron_constants(2.0, True, 0.0), *NO_GRADIENT)
 
 
-def takes(L: int, S: int, E: int, fire: str | None, order: str, is_causal: bool) -> bool:
-    """Whether the kernels take such a call; else matrix products and `lif` are the better way."""
-    if E > MAX_CHANNELS:
-        return False
-    if fire == "map":
-        return S <= MAX_MAP_KEYS
-    return not is_causal or (L <= MAX_CAUSAL and order != "state_first")
+def takes(S: int, E: int, fire: str | None) -> bool:
+    """Whether the kernels take such a call; matrix products and `lif` run the others."""
+    return E <= MAX_CHANNELS and (fire != "map" or S <= MAX_MAP_KEYS)
 
 
 def plan_pack(tokens: int, E: int, storage: str, transposed: bool) -> LaunchPlan:
@@ -40,28 +36,30 @@ def plan_pack(tokens: int, E: int, storage: str, transposed: bool) -> LaunchPlan
     return LaunchPlan(f"spk_attention_pack_{storage}", _grid(tokens * words), (BLOCK, 1, 1), 0, constants)
 
 
-def plan_states(heads: int, E: int, storage: str) -> LaunchPlan:
+def plan_states(heads: int, E: int, storage: str, is_causal: bool = False) -> LaunchPlan:
     """Plan of ``spk_attention_states``; ``heads`` of all steps."""
-    constants = ("kWords", _words(E)), ("kRows", STATE_ROWS)
+    constants = ("kWords", _words(E)), ("kRows", STATE_ROWS), ("kCausal", int(is_causal))
     tasks = heads * -(-E // STATE_ROWS)
     return LaunchPlan(f"spk_attention_states_{storage}", _grid(tasks), (BLOCK, 1, 1), 0, constants)
 
 
-def plan_attention(direction: str, heads: int, L: int, E: int, storage: str, state_first: bool) -> LaunchPlan:
+def plan_attention(
+    direction: str, heads: int, L: int, E: int, storage: str, state_first: bool, is_causal: bool = False
+) -> LaunchPlan:
     """Plan of ``spk_attention_forward`` or ``spk_attention_backward``: the same for any T and S."""
     words = _words(E)
     rows = _rows(heads, L, 8 if words <= 2 else LANE_SUMS // 4)
-    constants = ("kWords", words), ("kRows", rows), ("kStateFirst", int(state_first))
-    shared = 0 if state_first else 4 * rows * BLOCK
+    constants = ("kWords", words), ("kRows", rows), ("kStateFirst", int(state_first)), ("kCausal", int(is_causal))
+    shared = 0 if state_first and not is_causal else 4 * rows * BLOCK
     tasks = heads * -(-L // rows)
     return LaunchPlan(f"spk_attention_{direction}_{storage}", _grid(tasks), (BLOCK, 1, 1), shared, constants)
 
 
-def plan_map(heads: int, L: int, S: int, E: int, storage: str) -> LaunchPlan:
+def plan_map(heads: int, L: int, S: int, E: int, storage: str, is_causal: bool = False) -> LaunchPlan:
     """Plan of ``spk_attention_map``; the same for any T."""
     groups = 1 << (-(-S // 32) - 1).bit_length()  # a power of two: fewer programs to compile
     rows = _rows(heads, L, max(1, min(4, LANE_SUMS // groups)))
-    constants = ("kWords", _words(E)), ("kRows", rows), ("kGroups", groups)
+    constants = ("kWords", _words(E)), ("kRows", rows), ("kGroups", groups), ("kCausal", int(is_causal))
     tasks = heads * -(-L // rows)
     return LaunchPlan(f"spk_attention_map_{storage}", _grid(tasks), (BLOCK, 1, 1), 0, constants)
 
@@ -100,14 +98,14 @@ def attention_forward_cuda(
     (T, B, H, L, E), S, storage = q.shape, k.shape[3], STORAGE[q.dtype]
     out = q.new_empty((T, B, L, H, E))
     state_first = _is_state_first(L, S, E, fire, order, is_causal)
-    operands = _operands(q, k, v, query_padding_mask, key_padding_mask, state_first)
+    operands = _operands(q, k, v, query_padding_mask, key_padding_mask, state_first, is_causal)
     if fire == "map":
-        plan, operands = plan_map(B * H, L, S, E, storage), operands[:3]
+        plan, operands = plan_map(B * H, L, S, E, storage, is_causal), operands[:3]
         direction, constants = "map", plan.constants
     else:
-        plan = plan_attention("forward", B * H, L, E, storage, state_first)
+        plan = plan_attention("forward", B * H, L, E, storage, state_first, is_causal)
         direction, constants = "forward", (*plan.constants, ("kFires", int(fire == "output")))
-    constants += _neuron(tau, v_reset, is_causal) + NO_GRADIENT
+    constants += _neuron(tau, v_reset) + NO_GRADIENT
     args: list[Argument] = [*operands, _start(scale), out, T, B * H, H, L, S, E, *_strides(scale)]
     args += [leak(tau), float(v_threshold), float(v_reset or 0.0)]
     launch(plan, Program("spiking_attention", direction, storage, constants), args, q.device)
@@ -139,10 +137,10 @@ def attention_backward_cuda(
     (T, B, H, L, E), S, storage = q.shape, k.shape[3], STORAGE[q.dtype]
     grad = _rows_in_one_piece(grad.to(q.dtype))
     state_first = _is_state_first(L, S, E, "output", order, is_causal)
-    operands = _operands(q, k, v, query_padding_mask, key_padding_mask, state_first)
+    operands = _operands(q, k, v, query_padding_mask, key_padding_mask, state_first, is_causal)
     out = q.new_empty(q.shape, dtype=torch.float32)
-    plan = plan_attention("backward", B * H, L, E, storage, state_first)
-    constants = (*plan.constants, *_neuron(tau, v_reset, is_causal))
+    plan = plan_attention("backward", B * H, L, E, storage, state_first, is_causal)
+    constants = (*plan.constants, *_neuron(tau, v_reset))
     constants += gradient_constants(detach_reset, surrogate, derivative)
     args: list[Argument] = [_start(grad), *operands, _start(scale), out, T, B * H, H, L, S, E]
     args += [*_strides(scale), *_strides(grad), leak(tau), float(v_threshold), float(v_reset or 0.0)]
@@ -152,9 +150,9 @@ def attention_backward_cuda(
 
 
 def _is_state_first(L: int, S: int, E: int, fire: str | None, order: str, is_causal: bool) -> bool:
-    if fire == "map" or is_causal:
-        return False
-    return (cheaper_order(L, S, E, E, False) if order == "auto" else order) == "state_first"
+    if order == "auto" and fire != "map":
+        order = cheaper_order(L, S, E, E, is_causal)
+    return order == "state_first"
 
 
 def _operands(
@@ -164,14 +162,15 @@ def _operands(
     query_padding_mask: Tensor | None,
     key_padding_mask: Tensor | None,
     state_first: bool,
+    is_causal: bool,
 ) -> list[Tensor | None]:
-    """Rows of Q, and rows of K and columns of V or, in their place, the states."""
-    rows = _packed(q, query_padding_mask, transposed=False)
-    keys = _packed(k, key_padding_mask, transposed=state_first)
-    values = _packed(v, key_padding_mask, transposed=True)
+    """Rows of Q, rows of K and columns of V where there is a map, the states where they come first."""
+    queries, values = _packed(q, query_padding_mask, transposed=False), _packed(v, key_padding_mask, transposed=True)
+    keys = None if state_first and not is_causal else _packed(k, key_padding_mask, transposed=False)
     if not state_first:
-        return [rows, keys, values, None]
-    return [rows, None, None, _states(keys, values, k)]
+        return [queries, keys, values, None]
+    states = _states(_packed(k, key_padding_mask, transposed=True), values, k, is_causal)
+    return [queries, keys, values, states]
 
 
 def _packed(x: Tensor, padding_mask: Tensor | None, transposed: bool) -> Tensor:
@@ -187,18 +186,19 @@ def _packed(x: Tensor, padding_mask: Tensor | None, transposed: bool) -> Tensor:
     return packed
 
 
-def _states(keys: Tensor, values: Tensor, k: Tensor) -> Tensor:
-    """K^T V [T, B, H, E, 32 words] of columns."""
+def _states(keys: Tensor, values: Tensor, k: Tensor, is_causal: bool) -> Tensor:
+    """K^T V [T, B, H, chunks, E, 32 words] of columns; of those before each chunk if causal, else one."""
     (T, B, H, S, E), storage = k.shape, STORAGE[k.dtype]
-    states = k.new_empty((T, B, H, E, 32 * _words(E)), dtype=torch.float32)
-    plan = plan_states(T * B * H, E, storage)
+    chunks = -(-S // CHUNK) if is_causal else 1
+    states = k.new_empty((T, B, H, chunks, E, 32 * _words(E)), dtype=torch.float32)
+    plan = plan_states(T * B * H, E, storage, is_causal)
     program = Program("spiking_attention", "states", storage, plan.constants + UNUSED)
     launch(plan, program, [keys, values, states, T * B * H, S, E], k.device)
     return states
 
 
-def _neuron(tau: float, v_reset: float | None, is_causal: bool) -> tuple[tuple[str, int], ...]:
-    return ("kVector", 1), ("kCausal", int(is_causal)), *neuron_constants(tau, True, v_reset)
+def _neuron(tau: float, v_reset: float | None) -> tuple[tuple[str, int], ...]:
+    return ("kVector", 1), *neuron_constants(tau, True, v_reset)
 
 
 def _rows_in_one_piece(x: Tensor) -> Tensor:

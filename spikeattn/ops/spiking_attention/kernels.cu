@@ -6,6 +6,7 @@
 // Launch: every warp is on its own. It owns kRows queries of a head over all t; blocks of 128 threads, grid (any, 1,
 // 1), which strides over these tiles. Queries, keys and values come packed; the lane is a channel or a key.
 
+constexpr int kChunk = 64;  // tokens that share a state where attention is causal; a multiple of kRows and of 32
 constexpr unsigned kAllLanes = 0xFFFFFFFFu;
 
 __device__ inline int lane() { return threadIdx.x % 32; }
@@ -57,19 +58,34 @@ SPK_ENTRY(spk_attention_pack)(
 #endif
 #ifdef SPK_STATES
 
-// K^T V of every head and step from columns: states [heads, E, 32 kWords]. A warp owns kRows channels of the keys.
+// Writes at most kRows rows of a state.
+__device__ inline void store_state(const int* sums, long long rows, float* to)
+{
+#pragma unroll
+    for (int n = 0; n < kRows * kWords; ++n)
+        if (n / kWords < rows) to[32 * n] = (float)sums[n];
+}
+
+// K^T V of every head and step from columns: states [heads, E, 32 kWords]; if kCausal, of the keys before every chunk of
+// tokens: [heads, chunks, E, 32 kWords]. A warp owns kRows channels of the keys.
 SPK_ENTRY(spk_attention_states)(
     const unsigned* SPK_RESTRICT keys, const unsigned* SPK_RESTRICT values, float* SPK_RESTRICT states,
     long long heads, long long S, long long E)
 {
     const long long groups = (S + 31) / 32, tiles = (E + kRows - 1) / kRows;
+    const long long chunks = kCausal ? (S + kChunk - 1) / kChunk : 1;
     for (long long task = first_warp(); task < heads * tiles; task += warp_stride()) {
         const long long head = task / tiles, e0 = task % tiles * kRows;
+        float* to = states + (head * chunks * E + e0) * kWords * 32 + lane();
         int sums[kRows * kWords];
 #pragma unroll
         for (int n = 0; n < kRows * kWords; ++n) sums[n] = 0;
         for (long long g = 0; g < groups; ++g) {
             const long long at = (head * groups + g) * kWords * 32;
+            if (kCausal && g % (kChunk / 32) == 0) {
+                store_state(sums, E - e0, to);
+                to += E * kWords * 32;
+            }
             unsigned value[kWords];
 #pragma unroll
             for (int w = 0; w < kWords; ++w) value[w] = values[at + 32 * w + lane()];
@@ -80,11 +96,7 @@ SPK_ENTRY(spk_attention_states)(
                 for (int w = 0; w < kWords; ++w) sums[r * kWords + w] += __popc(key & value[w]);
             }
         }
-#pragma unroll
-        for (int r = 0; r < kRows; ++r)
-#pragma unroll
-            for (int w = 0; w < kWords; ++w)
-                if (e0 + r < E) states[((head * E + e0 + r) * kWords + w) * 32 + lane()] = (float)sums[r * kWords + w];
+        if (!kCausal) store_state(sums, E - e0, to);
     }
 }
 
@@ -94,7 +106,7 @@ SPK_ENTRY(spk_attention_states)(
 // What one launch attends to. Strides of scale are 0 along an axis where one number is for all.
 struct Attention {
     const unsigned *q, *k, *v;  // rows of Q; rows of K; columns of V
-    const float* states;        // instead of K and V if kStateFirst
+    const float* states;        // if kStateFirst, instead of K and V or, if kCausal, for those before the chunk
     const float* scale;
     long long heads, L, S, E, scale_t, scale_b, scale_h, scale_l;
 
@@ -152,14 +164,15 @@ __device__ inline void store_tile(
 
 __device__ inline float bit(unsigned word, int n) { return word >> n & 1 ? 1.0f : 0.0f; }
 
-// Adds (Q K^T) V of 32 keys after another: counts with the lane as a key pass through shared memory to all channels.
+// Adds (Q K^T) V of 32 keys after another, those of the chunk if kStateFirst: counts with the lane as a key pass through
+// shared memory to all channels.
 __device__ inline void map_first(
     const Attention& x, long long step, long long i0, const unsigned* words, float* counts, float* sums)
 {
     const long long end = kCausal && i0 + kRows < x.S ? i0 + kRows : x.S;
     const unsigned* k = x.k + step * x.S * kWords;
     const unsigned* v = x.v + step * ((x.S + 31) / 32) * 32 * kWords;
-    for (long long j0 = 0; j0 < end; j0 += 32) {
+    for (long long j0 = kStateFirst ? i0 / kChunk * kChunk : 0; j0 < end; j0 += 32) {
         unsigned key[kWords], value[kWords];
 #pragma unroll
         for (int w = 0; w < kWords; ++w) {
@@ -194,8 +207,9 @@ __device__ inline void map_first(
 }
 
 // Adds Q (K^T V): the state's row of every channel that spikes, one a query at a time so that loads overlap.
-__device__ inline void state_first(const Attention& x, long long step, unsigned* words, float* sums)
+__device__ inline void state_first(const Attention& x, long long step, long long i0, unsigned* words, float* sums)
 {
+    if (kCausal) step = step * ((x.L + kChunk - 1) / kChunk) + i0 / kChunk;
     const float* states = x.states + step * x.E * kWords * 32 + lane();
 #pragma unroll
     for (int from = 0; from < kWords; ++from) {
@@ -227,8 +241,8 @@ __device__ inline void attend(
     spread(mine, words);
 #pragma unroll
     for (int n = 0; n < kRows * kWords; ++n) sums[n] = 0.0f;
-    if (kStateFirst) state_first(x, t * x.heads + head, words, sums);
-    else map_first(x, t * x.heads + head, i0, words, counts, sums);
+    if (!kStateFirst || kCausal) map_first(x, t * x.heads + head, i0, words, counts, sums);
+    if (kStateFirst) state_first(x, t * x.heads + head, i0, words, sums);  // takes the bits from words
 #pragma unroll
     for (int n = 0; n < kRows * kWords; ++n) sums[n] = __fmul_rn(sums[n], scale[n / kWords]);
 }
@@ -236,7 +250,7 @@ __device__ inline void attend(
 #endif
 #ifdef SPK_FORWARD
 
-// Spikes of Y, or Y itself unless kFires. Dynamic shared memory unless kStateFirst: 32 kRows floats a warp.
+// Spikes of Y, or Y itself unless kFires. Dynamic shared memory where there is a map: 32 kRows floats a warp.
 SPK_ENTRY(spk_attention_forward)(
     const unsigned* SPK_RESTRICT q, const unsigned* SPK_RESTRICT k, const unsigned* SPK_RESTRICT v,
     const float* SPK_RESTRICT states, const float* SPK_RESTRICT scale, storage* SPK_RESTRICT out, long long T,

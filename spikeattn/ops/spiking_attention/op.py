@@ -179,13 +179,13 @@ def _neuron(
     return Neuron(fire, gradient)
 
 
-def _fused(q: Tensor, k: Tensor, fire: str | None, order: str, is_causal: bool, backend: str) -> bool:
+def _fused(k: Tensor, fire: str | None, backend: str) -> bool:
     """Whether kernels of this operation run it; else products do, and the neurons' kernels."""
     if backend != "cupy":
         return False
     from spikeattn.ops.spiking_attention.cuda import takes
 
-    return takes(q.shape[3], k.shape[3], q.shape[4], fire, order, is_causal)
+    return takes(k.shape[3], k.shape[4], fire)
 
 
 @torch.library.custom_op("spikeattn::spiking_attention_forward", mutates_args=(), device_types=("cpu", "cuda"))
@@ -208,7 +208,7 @@ def spiking_attention_forward(
     backend: str,
 ) -> Tensor:
     """Return [T, B, H, L, E], [T, B, L, H, E] in memory."""
-    if _fused(q, k, fire, order, is_causal, backend):
+    if _fused(k, fire, backend):
         from spikeattn.ops.spiking_attention.cuda import attention_forward_cuda
 
         inputs = (q, k, v, scale, query_padding_mask, key_padding_mask)
@@ -253,7 +253,7 @@ def spiking_attention_backward(
     masks = (query_padding_mask, key_padding_mask, key_padding_mask)
     own = (masked(q, query_padding_mask), masked(k, key_padding_mask), masked(v, key_padding_mask))
     with torch.autocast(q.device.type, enabled=False):
-        if fire == "output" and _fused(q, k, fire, order, is_causal, backend):
+        if fire == "output" and _fused(k, fire, backend):
             from spikeattn.ops.spiking_attention.cuda import attention_backward_cuda
 
             derivative = getattr(surrogate_of(surrogate, alpha), "cuda", None)
