@@ -88,6 +88,15 @@ def test_attention_has_the_gradients_of_the_definition(fire, causal):
             torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
 
 
+def test_attention_passes_opcheck_and_compiles_to_one_graph():
+    q, k, v = ((torch.rand(4, 2, 2, 9, 16, device="cuda") < 0.4).float().requires_grad_() for _ in range(3))
+    inputs = (q, k, v, torch.full((1, 1, 1, 1, 1), 0.125, device="cuda"), None, None)
+    settings = ("output", "auto", False, 2.0, 0.5, 0.0, True, "atan", 2.0, "cupy")
+    torch.library.opcheck(torch.ops.spikeattn.spiking_attention_forward.default, (*inputs, *settings))
+    compiled = torch.compile(lambda q, k, v: spiking_attention(q, k, v, tau=3.0), fullgraph=True)
+    assert torch.equal(compiled(q, k, v), spiking_attention(q, k, v, tau=3.0))
+
+
 def test_packed_spikes_hold_one_bit_a_neuron():
     x, v0 = currents(6, 1000).cuda(), torch.zeros(1000, device="cuda")
     spikes, _, _ = lif_forward_cuda(x, v0, None, 6, *Neuron().forward(), False)

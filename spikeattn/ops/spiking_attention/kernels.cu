@@ -119,11 +119,16 @@ struct Attention {
         return inside ? q[((t * heads + head) * L + i0) * kWords + lane()] : 0;
     }
 
-    __device__ void load_scale(long long t, long long b, long long h, long long i0, float* to) const
+    // Where the scales of a tile are at t = 0.
+    __device__ const float* scales(long long head, long long H, long long i0) const
+    {
+        return scale + head / H * scale_b + head % H * scale_h + i0 * scale_l;
+    }
+
+    __device__ void load_scale(const float* scales, long long t, long long i0, float* to) const
     {
 #pragma unroll
-        for (int r = 0; r < kRows; ++r)
-            to[r] = i0 + r < L ? scale[t * scale_t + b * scale_b + h * scale_h + (i0 + r) * scale_l] : 0.0f;
+        for (int r = 0; r < kRows; ++r) to[r] = i0 + r < L ? scales[t * scale_t + r * scale_l] : 0.0f;
     }
 };
 
@@ -143,20 +148,16 @@ __device__ inline int coincidences(const unsigned* words, int r, const unsigned*
     return count;
 }
 
-// Writes a tile to out [T, B, L, H, E].
+// Writes a tile; `to` is where the lane's first channel of its first query is, out of [T, B, L, H, E].
 template <class X>
-__device__ inline void store_tile(
-    const Attention& x, storage* out, long long H, long long t, long long head, long long i0, const X* tile)
+__device__ inline void store_tile(const Attention& x, storage* to, long long H, long long i0, const X* tile)
 {
-    const long long B = x.heads / H, b = head / H, h = head % H;
 #pragma unroll
     for (int r = 0; r < kRows; ++r)
 #pragma unroll
-        for (int w = 0; w < kWords; ++w) {
-            const long long i = i0 + r, f = 32 * w + lane();
-            if (i < x.L && f < x.E)
-                from_float(out[(((t * B + b) * x.L + i) * H + h) * x.E + f], (float)tile[r * kWords + w]);
-        }
+        for (int w = 0; w < kWords; ++w)
+            if (i0 + r < x.L && 32 * w + lane() < x.E)
+                from_float(to[r * H * x.E + 32 * w], (float)tile[r * kWords + w]);
 }
 
 #endif
@@ -185,7 +186,7 @@ __device__ inline void map_first(
             counts[32 * r + lane()] = seen ? (float)coincidences(words, r, key) : 0.0f;
         }
         __syncwarp();
-#pragma unroll
+#pragma unroll 2  // more of it takes registers and so warps
         for (int j = 0; j < 32; j += 4) {
             float4 count[kRows];
 #pragma unroll
@@ -263,6 +264,8 @@ SPK_ENTRY(spk_attention_forward)(
     float* counts = smem + threadIdx.x / 32 * 32 * kRows;
     for (long long task = first_warp(); task < heads * x.tiles(); task += warp_stride()) {
         const long long head = task / x.tiles(), i0 = task % x.tiles() * kRows;
+        const float* scales = x.scales(head, H, i0);
+        storage* to = out + ((head / H * L + i0) * H + head % H) * E + lane();
         float membrane[kRows * kWords], y[kRows * kWords], factor[kRows];
 #pragma unroll
         for (int n = 0; n < kRows * kWords; ++n) membrane[n] = v_reset;
@@ -270,7 +273,7 @@ SPK_ENTRY(spk_attention_forward)(
         for (long long t = 0; t < T; ++t) {
             const unsigned mine = next;
             if (t + 1 < T) next = x.load_queries(t + 1, head, i0);
-            x.load_scale(t, head / H, head % H, i0, factor);
+            x.load_scale(scales, t, i0, factor);
             attend(x, t, head, i0, mine, factor, counts, y);
             if (kFires) {
 #pragma unroll
@@ -280,7 +283,7 @@ SPK_ENTRY(spk_attention_forward)(
                     membrane[n] = neuron.reset(h);
                 }
             }
-            store_tile(x, out, H, t, head, i0, y);
+            store_tile(x, to + t * heads * L * E, H, i0, y);
         }
     }
 }
@@ -303,6 +306,7 @@ SPK_ENTRY(spk_attention_backward)(
     float* counts = smem + threadIdx.x / 32 * 32 * kRows;
     for (long long task = first_warp(); task < heads * x.tiles(); task += warp_stride()) {
         const long long head = task / x.tiles(), i0 = task % x.tiles() * kRows;
+        const float* scales = x.scales(head, H, i0);
         float state[kRows * kWords], y[kRows * kWords], grad_s[kRows * kWords], factor[kRows];
 #pragma unroll
         for (int n = 0; n < kRows * kWords; ++n) state[n] = v_reset;
@@ -310,7 +314,7 @@ SPK_ENTRY(spk_attention_backward)(
         for (long long t = 0; t < T; ++t) {
             const unsigned mine = next;
             if (t + 1 < T) next = x.load_queries(t + 1, head, i0);
-            x.load_scale(t, head / H, head % H, i0, factor);
+            x.load_scale(scales, t, i0, factor);
             attend(x, t, head, i0, mine, factor, counts, y);
 #pragma unroll
             for (int n = 0; n < kRows * kWords; ++n) {
@@ -325,7 +329,7 @@ SPK_ENTRY(spk_attention_backward)(
         for (int n = 0; n < kRows * kWords; ++n) state[n] = 0.0f;  // dL/dV
         for (long long t = T - 1; t >= 0; --t) {
             float* to = grad + (t * heads + head) * L * E;
-            x.load_scale(t, head / H, head % H, i0, factor);
+            x.load_scale(scales, t, i0, factor);
 #pragma unroll
             for (int n = 0; n < kRows * kWords; ++n) {  // all loads before the first store, which could be to the same
                 const long long i = i0 + n / kWords, f = n % kWords * 32 + lane();
@@ -358,6 +362,8 @@ SPK_ENTRY(spk_attention_map)(
     const Neuron neuron = {leak, v_threshold, v_reset, 0.0f, 0.0f};
     for (long long task = first_warp(); task < heads * x.tiles(); task += warp_stride()) {
         const long long head = task / x.tiles(), i0 = task % x.tiles() * kRows;
+        const float* scales = x.scales(head, H, i0);
+        storage* to = out + ((head / H * L + i0) * H + head % H) * E + lane();
         const long long end = kCausal && i0 + kRows < S ? i0 + kRows : S;  // what is not seen has no current
         float membrane[kRows * kGroups], factor[kRows];
 #pragma unroll
@@ -367,7 +373,7 @@ SPK_ENTRY(spk_attention_map)(
             unsigned words[kRows * kWords];
             int sums[kRows * kWords];
             spread(x.load_queries(t, head, i0), words);
-            x.load_scale(t, head / H, head % H, i0, factor);
+            x.load_scale(scales, t, i0, factor);
 #pragma unroll
             for (int n = 0; n < kRows * kWords; ++n) sums[n] = 0;
 #pragma unroll
@@ -391,7 +397,7 @@ SPK_ENTRY(spk_attention_map)(
                     for (int w = 0; w < kWords; ++w) sums[r * kWords + w] += __popc(spikes & value[w]);
                 }
             }
-            store_tile(x, out, H, t, head, i0, sums);
+            store_tile(x, to + t * heads * L * E, H, i0, sums);
         }
     }
 }
