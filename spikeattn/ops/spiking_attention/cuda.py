@@ -98,7 +98,8 @@ def attention_forward_cuda(
     (T, B, H, L, E), S, storage = q.shape, k.shape[3], STORAGE[q.dtype]
     out = q.new_empty((T, B, L, H, E))
     state_first = _is_state_first(L, S, E, fire, order, is_causal)
-    operands = _operands(q, k, v, query_padding_mask, key_padding_mask, state_first, is_causal)
+    odd = torch.zeros(1, dtype=torch.int32, device=q.device)
+    operands = _operands(q, k, v, query_padding_mask, key_padding_mask, odd, state_first, is_causal)
     if fire == "map":
         plan, operands = plan_map(B * H, L, S, E, storage, is_causal), operands[:3]
         direction, constants = "map", plan.constants
@@ -106,7 +107,7 @@ def attention_forward_cuda(
         plan = plan_attention("forward", B * H, L, E, storage, state_first, is_causal)
         direction, constants = "forward", (*plan.constants, ("kFires", int(fire == "output")))
     constants += _neuron(tau, v_reset) + NO_GRADIENT
-    args: list[Argument] = [*operands, _start(scale), out, T, B * H, H, L, S, E, *_strides(scale)]
+    args: list[Argument] = [*operands, _start(scale), odd, out, T, B * H, H, L, S, E, *_strides(scale)]
     args += [leak(tau), float(v_threshold), float(v_reset or 0.0)]
     launch(plan, Program("spiking_attention", direction, storage, constants), args, q.device)
     return out.transpose(2, 3)
@@ -137,12 +138,13 @@ def attention_backward_cuda(
     (T, B, H, L, E), S, storage = q.shape, k.shape[3], STORAGE[q.dtype]
     grad = _rows_in_one_piece(grad.to(q.dtype))
     state_first = _is_state_first(L, S, E, "output", order, is_causal)
-    operands = _operands(q, k, v, query_padding_mask, key_padding_mask, state_first, is_causal)
+    odd = torch.zeros(1, dtype=torch.int32, device=q.device)
+    operands = _operands(q, k, v, query_padding_mask, key_padding_mask, odd, state_first, is_causal)
     out = q.new_empty(q.shape, dtype=torch.float32)
     plan = plan_attention("backward", B * H, L, E, storage, state_first, is_causal)
     constants = (*plan.constants, *_neuron(tau, v_reset))
     constants += gradient_constants(detach_reset, surrogate, derivative)
-    args: list[Argument] = [_start(grad), *operands, _start(scale), out, T, B * H, H, L, S, E]
+    args: list[Argument] = [_start(grad), *operands, _start(scale), odd, out, T, B * H, H, L, S, E]
     args += [*_strides(scale), *_strides(grad), leak(tau), float(v_threshold), float(v_reset or 0.0)]
     args += surrogate_scalars(surrogate, alpha)
     launch(plan, Program("spiking_attention", "backward", storage, constants, derivative), args, q.device)
@@ -161,27 +163,29 @@ def _operands(
     v: Tensor,
     query_padding_mask: Tensor | None,
     key_padding_mask: Tensor | None,
+    odd: Tensor,
     state_first: bool,
     is_causal: bool,
 ) -> list[Tensor | None]:
     """Rows of Q, rows of K and columns of V where there is a map, the states where they come first."""
-    queries, values = _packed(q, query_padding_mask, transposed=False), _packed(v, key_padding_mask, transposed=True)
-    keys = None if state_first and not is_causal else _packed(k, key_padding_mask, transposed=False)
+    queries = _packed(q, query_padding_mask, odd, transposed=False)
+    values = _packed(v, key_padding_mask, odd, transposed=True)
+    keys = None if state_first and not is_causal else _packed(k, key_padding_mask, odd, transposed=False)
     if not state_first:
         return [queries, keys, values, None]
-    states = _states(_packed(k, key_padding_mask, transposed=True), values, k, is_causal)
+    states = _states(_packed(k, key_padding_mask, odd, transposed=True), values, k, is_causal)
     return [queries, keys, values, states]
 
 
-def _packed(x: Tensor, padding_mask: Tensor | None, transposed: bool) -> Tensor:
-    """Spikes [T, B, H, L, E] as bits: columns if ``transposed``, else rows."""
+def _packed(x: Tensor, padding_mask: Tensor | None, odd: Tensor, transposed: bool) -> Tensor:
+    """Spikes [T, B, H, L, E] as bits: columns if ``transposed``, else rows; ``odd`` is set where one is no spike."""
     (T, B, H, L, E), storage = x.shape, STORAGE[x.dtype]
     x, words, groups = _rows_in_one_piece(x), _words(E), -(-L // 32)
     shape = (T, B, H, groups, 32 * words) if transposed else (T, B, H, L, words)
     packed = x.new_empty(shape, dtype=torch.int32)
     plan = plan_pack(T * B * H * groups, E, storage, transposed)
     mask = None if padding_mask is None else padding_mask.contiguous()
-    args: list[Argument] = [_start(x), mask, packed, T, B, H, L, E, *_strides(x)]
+    args: list[Argument] = [_start(x), mask, packed, odd, T, B, H, L, E, *_strides(x)]
     launch(plan, Program("spiking_attention", "pack", storage, plan.constants + UNUSED), args, x.device)
     return packed
 

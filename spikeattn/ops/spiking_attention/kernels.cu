@@ -17,11 +17,12 @@ __device__ inline long long warp_stride() { return (long long)gridDim.x * blockD
 
 constexpr int kLoads = 8;  // tokens whose loads are in flight together
 
-// Packs x, of any strides but 1 along E, to columns if kTransposed, else to rows. Reads each spike once.
+// Packs x, of any strides but 1 along E, to columns if kTransposed, else to rows. Reads each spike once. Sets odd [1]
+// where a token that is not padding holds a number that is no spike.
 SPK_ENTRY(spk_attention_pack)(
-    const storage* SPK_RESTRICT x, const bool* SPK_RESTRICT mask, unsigned* SPK_RESTRICT packed, long long T,
-    long long B, long long H, long long L, long long E, long long stride_t, long long stride_b, long long stride_h,
-    long long stride_l)
+    const storage* SPK_RESTRICT x, const bool* SPK_RESTRICT mask, unsigned* SPK_RESTRICT packed, int* SPK_RESTRICT odd,
+    long long T, long long B, long long H, long long L, long long E, long long stride_t, long long stride_b,
+    long long stride_h, long long stride_l)
 {
     const long long groups = (L + 31) / 32;
     for (long long task = first_warp(); task < T * B * groups * H * kWords; task += warp_stride()) {
@@ -40,7 +41,9 @@ SPK_ENTRY(spk_attention_pack)(
             }
 #pragma unroll
             for (int j = 0; j < kLoads; ++j) {
-                const bool spike = inside[j] && to_float(value[j]) != 0.0f;
+                const float number = inside[j] ? to_float(value[j]) : 0.0f;
+                const bool spike = number != 0.0f;
+                if (spike && number != 1.0f) *odd = 1;  // whoever writes, writes the same
                 if (kTransposed) {
                     word |= (unsigned)spike << (j0 + j);
                 } else {
@@ -108,6 +111,7 @@ struct Attention {
     const unsigned *q, *k, *v;  // rows of Q; rows of K; columns of V
     const float* states;        // if kStateFirst, instead of K and V or, if kCausal, for those before the chunk
     const float* scale;
+    const int* odd;  // whether q, k or v held a number that is no spike
     long long heads, L, S, E, scale_t, scale_b, scale_h, scale_l;
 
     __device__ long long tiles() const { return (L + kRows - 1) / kRows; }
@@ -131,6 +135,9 @@ struct Attention {
         for (int r = 0; r < kRows; ++r) to[r] = i0 + r < L ? scales[t * scale_t + r * scale_l] : 0.0f;
     }
 };
+
+// What a call with a number that is no spike gives instead of counts of bits: to look would make the host wait.
+__device__ inline float not_a_number() { return __uint_as_float(0x7FC00000u); }
 
 // Hands every lane all words of the tile's queries.
 __device__ inline void spread(unsigned mine, unsigned* words)
@@ -157,7 +164,7 @@ __device__ inline void store_tile(const Attention& x, storage* to, long long H, 
 #pragma unroll
         for (int w = 0; w < kWords; ++w)
             if (i0 + r < x.L && 32 * w + lane() < x.E)
-                from_float(to[r * H * x.E + 32 * w], (float)tile[r * kWords + w]);
+                from_float(to[r * H * x.E + 32 * w], *x.odd ? not_a_number() : (float)tile[r * kWords + w]);
 }
 
 #endif
@@ -254,11 +261,12 @@ __device__ inline void attend(
 // Spikes of Y, or Y itself unless kFires. Dynamic shared memory where there is a map: 32 kRows floats a warp.
 SPK_ENTRY(spk_attention_forward)(
     const unsigned* SPK_RESTRICT q, const unsigned* SPK_RESTRICT k, const unsigned* SPK_RESTRICT v,
-    const float* SPK_RESTRICT states, const float* SPK_RESTRICT scale, storage* SPK_RESTRICT out, long long T,
-    long long heads, long long H, long long L, long long S, long long E, long long scale_t, long long scale_b,
-    long long scale_h, long long scale_l, float leak, float v_threshold, float v_reset)
+    const float* SPK_RESTRICT states, const float* SPK_RESTRICT scale, const int* SPK_RESTRICT odd,
+    storage* SPK_RESTRICT out, long long T, long long heads, long long H, long long L, long long S, long long E,
+    long long scale_t, long long scale_b, long long scale_h, long long scale_l, float leak, float v_threshold,
+    float v_reset)
 {
-    const Attention x = {q, k, v, states, scale, heads, L, S, E, scale_t, scale_b, scale_h, scale_l};
+    const Attention x = {q, k, v, states, scale, odd, heads, L, S, E, scale_t, scale_b, scale_h, scale_l};
     const Neuron neuron = {leak, v_threshold, v_reset, 0.0f, 0.0f};
     SPK_DYNAMIC_SMEM(float, smem);
     float* counts = smem + threadIdx.x / 32 * 32 * kRows;
@@ -295,12 +303,12 @@ SPK_ENTRY(spk_attention_forward)(
 // cells of G, so any T fits. Moves 12 bytes and an element of storage a neuron-step. Shared memory as the forward.
 SPK_ENTRY(spk_attention_backward)(
     const storage* SPK_RESTRICT grad_spikes, const unsigned* SPK_RESTRICT q, const unsigned* SPK_RESTRICT k,
-    const unsigned* SPK_RESTRICT v, const float* SPK_RESTRICT states, const float* SPK_RESTRICT scale, float* grad,
-    long long T, long long heads, long long H, long long L, long long S, long long E, long long scale_t,
+    const unsigned* SPK_RESTRICT v, const float* SPK_RESTRICT states, const float* SPK_RESTRICT scale, const int* SPK_RESTRICT odd,
+    float* grad, long long T, long long heads, long long H, long long L, long long S, long long E, long long scale_t,
     long long scale_b, long long scale_h, long long scale_l, long long grad_t, long long grad_b, long long grad_h,
     long long grad_l, float leak, float v_threshold, float v_reset, float a, float b)
 {
-    const Attention x = {q, k, v, states, scale, heads, L, S, E, scale_t, scale_b, scale_h, scale_l};
+    const Attention x = {q, k, v, states, scale, odd, heads, L, S, E, scale_t, scale_b, scale_h, scale_l};
     const Neuron neuron = {leak, v_threshold, v_reset, a, b};
     SPK_DYNAMIC_SMEM(float, smem);
     float* counts = smem + threadIdx.x / 32 * 32 * kRows;
@@ -341,7 +349,7 @@ SPK_ENTRY(spk_attention_backward)(
             for (int n = 0; n < kRows * kWords; ++n) {
                 const long long i = i0 + n / kWords, f = n % kWords * 32 + lane();
                 const float g = neuron.step_back(neuron.grad_h(grad_s[n], state[n], y[n]), state[n]);
-                if (i < L && f < E) to[i * E + f] = __fmul_rn(g, factor[n / kWords]);
+                if (i < L && f < E) to[i * E + f] = *odd ? not_a_number() : __fmul_rn(g, factor[n / kWords]);
             }
         }
     }
@@ -354,11 +362,11 @@ SPK_ENTRY(spk_attention_backward)(
 // keys are a word, which meets the columns of V.
 SPK_ENTRY(spk_attention_map)(
     const unsigned* SPK_RESTRICT q, const unsigned* SPK_RESTRICT k, const unsigned* SPK_RESTRICT v,
-    const float* SPK_RESTRICT scale, storage* SPK_RESTRICT out, long long T, long long heads, long long H, long long L,
-    long long S, long long E, long long scale_t, long long scale_b, long long scale_h, long long scale_l, float leak,
-    float v_threshold, float v_reset)
+    const float* SPK_RESTRICT scale, const int* SPK_RESTRICT odd, storage* SPK_RESTRICT out, long long T,
+    long long heads, long long H, long long L, long long S, long long E, long long scale_t, long long scale_b,
+    long long scale_h, long long scale_l, float leak, float v_threshold, float v_reset)
 {
-    const Attention x = {q, k, v, nullptr, scale, heads, L, S, E, scale_t, scale_b, scale_h, scale_l};
+    const Attention x = {q, k, v, nullptr, scale, odd, heads, L, S, E, scale_t, scale_b, scale_h, scale_l};
     const Neuron neuron = {leak, v_threshold, v_reset, 0.0f, 0.0f};
     for (long long task = first_warp(); task < heads * x.tiles(); task += warp_stride()) {
         const long long head = task / x.tiles(), i0 = task % x.tiles() * kRows;
