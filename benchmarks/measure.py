@@ -106,7 +106,8 @@ def measure(case: Case, device: str, seconds: float) -> dict[str, object]:
 def contender(name: str, model: Callable[[Tensor], Tensor], x: Tensor) -> Contender:
     """A contender that runs ``model`` on ``x``, with a fixed gradient at its output."""
     leaf = x.detach().requires_grad_()
-    weight = torch.randn_like(x)
+    with torch.no_grad():
+        weight = torch.randn_like(model(x))
 
     def output() -> Tensor:
         return model(leaf)

@@ -72,12 +72,37 @@ def check_heads(op: str, dim: int, num_heads: int) -> None:
         )
 
 
-def check_tokens(op: str, x: Tensor, dim: int) -> None:
+def check_tokens(op: str, x: Tensor, dim: int, name: str = "x", axes: str = "[T, B, L, D]") -> None:
     """``x`` is floating ``[T, B, L, dim]``."""
-    check_floating(op, "x", x)
+    check_floating(op, name, x)
     if x.ndim != 4 or x.shape[-1] != dim:
-        raise ValueError(f"{op}: x must be [T, B, L, D] with D = {dim}, got shape {tuple(x.shape)}.")
-    check_time_major(op, "x", x)
+        cure = ""
+        if x.ndim == 5:
+            cure = f" Merge the axes of a picture into one of tokens, before the channels: {axes}."
+        elif x.ndim == 4 and x.shape[2] == dim:
+            cure = f" Tokens come before channels: {axes}, not [T, B, D, L]."
+        width = axes.rpartition(" ")[2].rstrip("]")
+        raise ValueError(f"{op}: {name} must be {axes} with {width} = {dim}, got shape {tuple(x.shape)}.{cure}")
+    check_time_major(op, name, x)
+
+
+def check_memory(op: str, memory: Tensor, x: Tensor) -> None:
+    """``memory`` has the time steps, the dialogues, the dtype and the device of ``x``."""
+    if memory.shape[:2] != x.shape[:2]:
+        raise ValueError(
+            f"{op}: memory must be [T, B, S, Dk] with the T and B of x, {tuple(x.shape[:2])}, "
+            f"got {tuple(memory.shape[:2])}. Is it time-major?"
+        )
+    if memory.dtype != x.dtype or memory.device != x.device:
+        raise TypeError(f"{op}: memory must be {x.dtype} on {x.device} as x is, got {memory.dtype} on {memory.device}.")
+
+
+def check_chunk(op: str, chunk: int, T: int | None = None) -> None:
+    """Chunks have at least one time step, and fill the T steps."""
+    if chunk < 1:
+        raise ValueError(f"{op}: chunk must be at least 1 time step, got {chunk}.")
+    if T is not None and T % chunk != 0:
+        raise ValueError(f"{op}: x must have a multiple of chunk = {chunk} time steps, got T = {T}.")
 
 
 def check_padding_mask(op: str, mask: Tensor | None, B: int, L: int, name: str = "key_padding_mask") -> None:
@@ -167,7 +192,7 @@ def check_spikes(op: str, name: str, x: Tensor) -> None:
         raise ValueError(f"{op}: {name} must hold spikes, 0 or 1, got {x[~spikes][0].item()}.")
 
 
-def check_choice(op: str, name: str, value: str | None, choices: tuple[str | None, ...]) -> None:
+def check_choice(op: str, name: str, value: object, choices: tuple[object, ...]) -> None:
     """``value`` is one of ``choices``."""
     if value not in choices:
         raise ValueError(f"{op}: {name} must be one of {', '.join(map(repr, choices))}, got {value!r}.")

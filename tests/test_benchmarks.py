@@ -19,6 +19,8 @@ def test_every_suite_runs_at_size_1():
     lines = done.stdout.splitlines()
     assert sum(line.startswith("T=2 N=64") for line in lines) == 2
     assert sum(line.startswith("T=2 rows=4 D=16") for line in lines) == 2
+    assert sum(line.startswith("T=2 B=1 H=2 L=3 E=4") for line in lines) == 2
+    assert sum(line.startswith("tiny: T=2") for line in lines) == 2
     assert all("SpikingJelly 2.0.0" in line for line in lines)
 
 

@@ -84,9 +84,15 @@ def test_all_names_are_exported_and_sorted():
         "Rect",
         "spike",
         "SpikingSelfAttention",
+        "SpikingCrossAttention",
+        "SpikeDrivenSelfAttention",
+        "QKAttention",
+        "SpatioTemporalAttention",
+        "DualSpikeSelfAttention",
         "SpikingMLP",
         "SpikingTransformerBlock",
         "SpikingTransformer",
+        "attention_maps",
         "firing_rates",
     ]:
         assert name in spikeattn.__all__

@@ -27,7 +27,7 @@ def test_annotations_hold_while_the_package_runs():
             sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider",
             f"--jaxtyping-packages={','.join(CHECKED)},beartype.beartype",
             "spikeattn", "spikemo_model",
-            "tests/nn/test_attention.py", "tests/model/test_model.py",
+            "tests/nn/test_attention.py", "tests/nn/test_attention_family.py", "tests/model/test_model.py",
             "-k", "not bad and not compiles",
         ],
         cwd=ROOT, capture_output=True, text=True,

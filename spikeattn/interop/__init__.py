@@ -1,1 +1,1 @@
-"""What meets other projects' models: spikingjelly's operation counters, and NIR graphs."""
+"""What meets other projects' models: spikingjelly's operation counters and attention layers, and NIR graphs."""

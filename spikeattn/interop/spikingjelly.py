@@ -1,32 +1,34 @@
-"""Rules that make spikingjelly's operation counters see our fused neurons.
+"""Rules that make spikingjelly's operation counters see our fused neurons; and `swap_attention`, from ``swap.py``.
 
-spikingjelly counts the ATen operations of its own neurons' loop over T. Ours run in one registered operation, which its
-counters do not know and count as 0. The rules here count what spikingjelly's neuron would have run in its place, with
-the same inputs: they run its loop on a CPU under the counter, so totals and scopes are those of the same network built
-from its nodes, and only the names of the operations differ. Counting is as slow as spikingjelly's neurons are.
+spikingjelly counts the ATen operations of its own neurons' loop over T, and of attention's products. Ours run in one
+registered operation, which its counters do not know and count as 0. The rules here count what spikingjelly would have
+run in its place, with the same inputs: they run its loop, and the products with matmul, on a CPU under the counter, so
+totals and scopes are those of the same network built from its nodes, and only the names of the operations differ.
+Products are counted in the order in which `spiking_attention` associates them. Counting is as slow as its nodes are.
 
 `FlopCounter`, `MACCounter`, `ACCounter`, `SynOpCounter` and `MemoryAccessCounter` take rules by ``extra_rules=``;
 `add_rules` also reaches counters and profilers that take none. ``NeuronStateCounter``, and the profilers on top of it,
 follow the storage of a neuron's state through its operations, and cannot be told.
 """
 
-import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import torch
-from spikingjelly.activation_based import functional, op_counter, surrogate
+from spikingjelly.activation_based import op_counter
 from spikingjelly.activation_based.neuron import BaseNode
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from spikeattn.interop._twins import AttentionTwin, NeuronTwin, Twin
+from spikeattn.interop.swap import swap_attention as swap_attention
 from spikeattn.nn.neuron import IF, LIF, ParametricLIF
 from spikeattn.ops.lif.op import lif_backward, lif_forward
 from spikeattn.ops.lif.reference import state_dtype
 from spikeattn.ops.norm_lif.op import norm_lif_backward, norm_lif_forward
-from spikeattn.ops.surrogate import surrogate_of
+from spikeattn.ops.spiking_attention.op import spiking_attention_backward, spiking_attention_forward
 
 Rules = dict[Any, Callable[[tuple, dict, Any], int]]
 Target = TypeVar("Target")
@@ -74,7 +76,7 @@ def memory_access_rules() -> Rules:
 
 
 def add_rules(target: Target) -> Target:
-    """Make a counter or profiler of spikingjelly count our neurons, also one that takes no ``extra_rules=``.
+    """Make a counter or profiler of spikingjelly count our operations, also one that takes no ``extra_rules=``.
 
     Args:
         target: A ``FlopCounter``, ``MACCounter``, ``ACCounter``, ``SynOpCounter``, ``MemoryAccessCounter``,
@@ -125,14 +127,14 @@ def _state_rule(count_node: Callable) -> Callable:
 def _rules(kind: type) -> Rules:
     """A rule for each registered operation, for counters of one kind."""
     rules: Rules = {}
-    for operation, count in (
-        (lif_forward, _count_forward),
-        (norm_lif_forward, _count_forward),
-        (lif_backward, _count_backward),
-        (norm_lif_backward, _count_backward),
+    for forward, backward, twin in (
+        (lif_forward, lif_backward, NeuronTwin),
+        (norm_lif_forward, norm_lif_backward, NeuronTwin),
+        (spiking_attention_forward, spiking_attention_backward, AttentionTwin),
     ):
-        overload = operation._opoverload
-        rules[overload] = _rule(overload, count, kind)
+        for operation, count in ((forward, _count_forward), (backward, _count_backward)):
+            overload = operation._opoverload
+            rules[overload] = _rule(overload, twin, count, kind)
     # What an absent initial potential is made of: free, and so it stays in a mode that refuses what has no rule.
     full = torch.ops.aten.full.default
     if full not in kind().rules:
@@ -140,7 +142,9 @@ def _rules(kind: type) -> Rules:
     return rules
 
 
-def _rule(overload: Any, count: Callable, kind: type) -> Callable[[tuple, dict, Any], int]:
+def _rule(
+    overload: Any, twin: Callable[[SimpleNamespace], Twin], count: Callable, kind: type
+) -> Callable[[tuple, dict, Any], int]:
     """One rule: name the arguments of the call, then count in a thread of its own."""
     names = [argument.name for argument in overload._schema.arguments]
 
@@ -148,7 +152,7 @@ def _rule(overload: Any, count: Callable, kind: type) -> Callable[[tuple, dict, 
         call = SimpleNamespace(**{**dict(zip(names, args, strict=False)), **kwargs})
         # A dispatch mode runs below autograd, where nothing can be differentiated; another thread is not below it.
         with ThreadPoolExecutor(1) as thread:
-            return thread.submit(count, kind(), call).result()
+            return thread.submit(lambda: count(kind(), twin(call))).result()
 
     return rule
 
@@ -169,88 +173,25 @@ class _Tally(TorchDispatchMode):
         return out
 
 
-class _Twin:
-    """spikingjelly's neuron, after LayerNorm if the call has one, with the inputs of a call of ours."""
-
-    def __init__(self, call: SimpleNamespace) -> None:
-        self.call = call
-        x = _leaf(call.x)
-        self.x = x.detach().expand(call.time_steps, *x.shape[1:]).requires_grad_(x.requires_grad)
-        self.weight, self.bias = _leaf_of(call, "weight"), _leaf_of(call, "bias")
-        self.fresh = call.v0.ndim > 0 and not any(call.v0.stride())  # no v0 was given, and none was kept
-        self.v0 = _leaf(call.v0).to(call.x.dtype)  # spikingjelly's potential has the dtype of its input
-        r_tau = _leaf_of(call, "r_tau")
-        self.w = None if r_tau is None else torch.logit(r_tau.detach()).requires_grad_(r_tau.requires_grad)
-
-    def inputs(self) -> list[Tensor]:
-        """What a gradient is asked for."""
-        tensors = (self.x, self.weight, self.bias, self.v0, self.w)
-        return [tensor for tensor in tensors if tensor is not None and tensor.requires_grad]
-
-    def run(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        """``(spikes, v, v_seq)``."""
-        call, x, v = self.call, self.x, self.v0
-        if self.weight is not None:
-            x = torch.nn.functional.layer_norm(x, x.shape[-1:], self.weight, self.bias, getattr(call, "eps", 1e-5))
-            if call.padding_mask is not None:
-                x = x.masked_fill(call.padding_mask.cpu().unsqueeze(-1), 0.0)
-        if self.fresh:
-            v = torch.full_like(x[0], 0.0 if call.v_reset is None else call.v_reset, requires_grad=False)
-        reset = (call.v_threshold, call.v_reset)
-        fire = (_spikingjelly_surrogate(call.surrogate, call.alpha), call.detach_reset)
-        keep = getattr(call, "return_v_seq", getattr(call, "grad_v_seq", None) is not None)
-        if self.w is not None:
-            return functional.plif_multi_step(x, v, self.w, call.decay_input, *reset, *fire, keep)
-        if math.isinf(call.tau) and not call.decay_input:
-            return functional.if_multi_step(x, v, *reset, *fire, keep)
-        return functional.lif_multi_step(x, v, call.tau, call.decay_input, *reset, *fire, keep)
-
-
-def _leaf(tensor: Tensor) -> Tensor:
-    """The same values on a CPU, cut off from the graph, wanting a gradient if the tensor does."""
-    return tensor.detach().cpu().requires_grad_(tensor.requires_grad)
-
-
-def _leaf_of(call: SimpleNamespace, name: str) -> Tensor | None:
-    """`_leaf` of an argument that a call may lack."""
-    tensor = getattr(call, name, None)
-    return None if tensor is None else _leaf(tensor)
-
-
-def _spikingjelly_surrogate(name: str, alpha: float) -> Callable[[Tensor], Tensor]:
-    """spikingjelly's surrogate of that name; ours if it has none."""
-    ours = surrogate_of(name, alpha)
-    cls = getattr(surrogate, type(ours).__name__, None)
-    if cls is None:
-        return ours
-    theirs = cls(alpha)
-    # Rect alone has no name in spikingjelly's operations and would be called as a module, which a counter's
-    # hooks on modules would take for a part of the network.
-    return theirs.forward if name == "rect" else theirs
-
-
-def _count_forward(counter: Any, call: SimpleNamespace) -> int:
+def _count_forward(counter: Any, twin: Twin) -> int:
     """What ``counter`` says of the forward of the twin."""
-    twin = _Twin(call)
-    with _Tally(counter, twin.w) as tally, torch.no_grad():
+    with _Tally(counter, twin.passed_over) as tally, torch.no_grad():
         twin.run()
     return tally.total
 
 
-def _count_backward(counter: Any, call: SimpleNamespace) -> int:
+def _count_backward(counter: Any, twin: Twin) -> int:
     """What ``counter`` says of autograd's way back through the twin."""
-    twin = _Twin(call)
     inputs = twin.inputs()
     if not inputs:
         return 0
-    grads = (call.grad_spikes, call.grad_v, getattr(call, "grad_v_seq", None))
     arrived = [
         (output, grad.cpu().to(output.dtype))
-        for output, grad in zip(twin.run(), grads, strict=True)
+        for output, grad in zip(twin.run(), twin.grads(), strict=True)
         if output is not None and grad is not None and output.requires_grad
     ]
     # An output that nobody used has a gradient of zeros here, and none in spikingjelly's graph.
     used = [(output, grad) for output, grad in arrived if grad.any()] or arrived[:1]
-    with _Tally(counter, twin.w) as tally:
+    with _Tally(counter, twin.passed_over) as tally:
         torch.autograd.grad([output for output, _ in used], inputs, [grad for _, grad in used], allow_unused=True)
     return tally.total

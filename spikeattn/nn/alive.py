@@ -66,10 +66,23 @@ def attention_gain(keys: Tensor, E: int, tau: float, fire: str) -> Tensor:
         float32, the shape of ``keys``.
     """
     p = design_rate(tau)
-    wanted = _COUNT_AT_THRESHOLD / (1 - (1 - 1 / tau) ** _STEPS_BETWEEN_SPIKES)
-    keys = keys.float()
+    keys = keys.clamp_min(1).float()  # a fully padded row sees no key; its gain is never used
     expected = keys * (E * p**3) if fire == "output" else torch.full_like(keys, E * p**2)
-    ratio = wanted / expected.clamp_min(E * p**3)  # a fully padded row sees no key; its gain is never used
+    return count_gain(expected, tau)
+
+
+def count_gain(expected: Tensor, tau: float, at_threshold: float = _COUNT_AT_THRESHOLD) -> Tensor:
+    """Power of two that brings an expected count of spikes to where a neuron behind it fires every 4 steps.
+
+    Args:
+        expected: Counts that are to be expected, any shape, > 0.
+        tau: Membrane time constant in time steps.
+        at_threshold: The count that holds the neuron at its threshold: threshold over scale, as published.
+
+    Returns:
+        float32, the shape of ``expected``.
+    """
+    ratio = at_threshold / (1 - (1 - 1 / tau) ** _STEPS_BETWEEN_SPIKES) / expected.float()
     mantissa, _ = torch.frexp(ratio)  # ratio = mantissa * 2^exponent, mantissa in [0.5, 1)
     above = ratio / mantissa  # the division is exact: 2^exponent
     return torch.where(mantissa < math.sqrt(0.5), above / 2, above)

@@ -1,4 +1,4 @@
-"""Linear -> norm -> LIF, the unit of which spiking attention and its MLP are made."""
+"""Linear -> norm -> LIF, the unit of which spiking attention and its MLP are made, and its parts."""
 
 from collections.abc import Callable
 from typing import Literal, NamedTuple
@@ -58,7 +58,78 @@ class TokenBatchNorm(nn.BatchNorm1d):
         return out
 
 
-class SpikingLinear(nn.Module):
+def _norm(features: int, options: SpikingOptions) -> nn.LayerNorm | TokenBatchNorm:
+    """The norm that ``options`` name."""
+    _checks.check_choice("SpikingLinear", "norm", options.norm, ("layer", "batch"))
+    _checks.check_choice("SpikingLinear", "init", options.init, ("alive", "published"))
+    norm = nn.LayerNorm if options.norm == "layer" else TokenBatchNorm
+    return norm(features, device=options.device, dtype=options.dtype)
+
+
+def _start(norm: nn.LayerNorm | TokenBatchNorm, lif: LIF, init: Init, linear: nn.Linear | None = None) -> None:
+    """Set the parameters before ``lif`` to their start (`SpikingLinear`)."""
+    alive = init == "alive"
+    if linear is not None:
+        nn.init.normal_(linear.weight, std=linear.in_features**-0.5 if alive else 0.02)
+        nn.init.zeros_(linear.bias)
+    norm.reset_parameters()
+    if alive:
+        v_rest = 0.0 if lif.v_reset is None else lif.v_reset
+        nn.init.constant_(norm.weight, (lif.v_threshold - v_rest) * norm_gain(lif.tau))
+
+
+class SpikingNorm(nn.Module):
+    """Normalise and fire: ``LIF(norm(x))`` over all T time steps, with the gains of `SpikingLinear`.
+
+    Args:
+        features: Width of the input.
+        options: What all layers of a model share.
+    """
+
+    def __init__(self, features: int, options: SpikingOptions) -> None:
+        super().__init__()
+        self.norm = _norm(features, options)
+        self.lif = options.lif(options.v_threshold)
+        self.init: Init = options.init
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set the gain to its start."""
+        _start(self.norm, self.lif, self.init)
+
+    def forward(self, x: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
+        """Spikes [T, B, L, D] of ``x`` [T, B, L, D]; silent at padding."""
+        if isinstance(self.norm, TokenBatchNorm):
+            return self.lif(_silenced(self.norm(x, key_padding_mask), key_padding_mask))
+        # Through the module's call, not around it, so that hooks and monitors of the neuron see its spikes.
+        return self.lif(x, self.norm, key_padding_mask)
+
+
+class NormedLinear(nn.Module):
+    """Project and normalise, ``norm(Linear(x))``: currents of ``lif``, which belongs to the caller.
+
+    Args:
+        in_features: Width of the input.
+        out_features: Width of the output.
+        options: What all layers of a model share.
+        lif: The neurons that the currents drive; says how large the gain is to start.
+    """
+
+    def __init__(self, in_features: int, out_features: int, options: SpikingOptions, lif: LIF) -> None:
+        super().__init__()
+        self.linear = nn.Linear(in_features, out_features, device=options.device, dtype=options.dtype)
+        self.norm = _norm(out_features, options)
+        _start(self.norm, lif, options.init, self.linear)
+
+    def forward(self, x: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
+        """Currents [T, B, L, out_features] of ``x`` [T, B, L, in_features]; zero at padding."""
+        projected = self.linear(x)
+        if isinstance(self.norm, TokenBatchNorm):
+            return _silenced(self.norm(projected, key_padding_mask), key_padding_mask)
+        return _silenced(self.norm(projected), key_padding_mask)
+
+
+class SpikingLinear(SpikingNorm):
     """Project, normalise and fire: ``LIF(norm(Linear(x)))`` over all T time steps.
 
     With ``init="alive"`` the norm's gain starts at ``(v_threshold - v_rest) * sqrt(2 tau - 1)``: white noise of
@@ -74,37 +145,28 @@ class SpikingLinear(nn.Module):
     """
 
     def __init__(self, in_features: int, out_features: int, options: SpikingOptions) -> None:
-        super().__init__()
-        _checks.check_choice("SpikingLinear", "norm", options.norm, ("layer", "batch"))
-        _checks.check_choice("SpikingLinear", "init", options.init, ("alive", "published"))
-        device, dtype = options.device, options.dtype
-        self.linear = nn.Linear(in_features, out_features, device=device, dtype=dtype)
-        norm = nn.LayerNorm if options.norm == "layer" else TokenBatchNorm
-        self.norm = norm(out_features, device=device, dtype=dtype)
+        nn.Module.__init__(self)
+        # Before the norm, as in the equation: parameters keep this order in every state and optimizer.
+        self.linear = nn.Linear(in_features, out_features, device=options.device, dtype=options.dtype)
+        self.norm = _norm(out_features, options)
         self.lif = options.lif(options.v_threshold)
         self.init = options.init
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Set weights, biases and gains to their start (class docstring)."""
-        alive = self.init == "alive"
-        v_rest = 0.0 if self.lif.v_reset is None else self.lif.v_reset
-        nn.init.normal_(self.linear.weight, std=self.linear.in_features**-0.5 if alive else 0.02)
-        nn.init.zeros_(self.linear.bias)
-        self.norm.reset_parameters()
-        if alive:
-            nn.init.constant_(self.norm.weight, (self.lif.v_threshold - v_rest) * norm_gain(self.lif.tau))
+        _start(self.norm, self.lif, self.init, self.linear)
 
     def forward(self, x: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
         """Spikes [T, B, L, out_features] of ``x`` [T, B, L, in_features]; silent at padding."""
-        if isinstance(self.norm, TokenBatchNorm):
-            current = self.norm(self.linear(x), key_padding_mask)
-            if key_padding_mask is not None:
-                current = current.masked_fill(key_padding_mask[None, :, :, None], 0.0)
-            return self.lif(current)
         T = x.shape[0]
-        static = T > 1 and x.stride(0) == 0  # the same tensor at every step: project it once
+        # The same tensor at every step is projected once; statistics of a batch norm count all steps either way.
+        static = T > 1 and x.stride(0) == 0 and isinstance(self.norm, nn.LayerNorm)
         projected = self.linear(x[:1] if static else x)
         projected = projected.expand(T, *projected.shape[1:]) if static else projected
-        # Through the module's call, not around it, so that hooks and monitors of the neuron see its spikes.
-        return self.lif(projected, self.norm, key_padding_mask)
+        return super().forward(projected, key_padding_mask)
+
+
+def _silenced(current: Tensor, key_padding_mask: Tensor | None) -> Tensor:
+    """``current`` [T, B, L, D], zero at padding [B, L]."""
+    return current if key_padding_mask is None else current.masked_fill(key_padding_mask[None, :, :, None], 0.0)

@@ -7,7 +7,13 @@ import torch
 from spikingjelly.activation_based.neuron import BaseNode
 from torch import Tensor, nn
 
+from spikeattn.nn.attention import SpikingSelfAttention, split_heads
+from spikeattn.nn.cross_attention import SpikingCrossAttention
+from spikeattn.nn.dual_spike import DualSpikeSelfAttention
 from spikeattn.nn.neuron import Spike
+from spikeattn.ops.lif.reference import state_dtype
+
+_WITH_MAPS = (SpikingSelfAttention, SpikingCrossAttention, DualSpikeSelfAttention)
 
 
 def firing_rates(model: nn.Module, *inputs: Any, key_padding_mask: Tensor | None = None) -> dict[str, float]:
@@ -52,9 +58,67 @@ def firing_rates(model: nn.Module, *inputs: Any, key_padding_mask: Tensor | None
     return {name: fired[name] / places[name] for name in fired}
 
 
+def attention_maps(model: nn.Module, *inputs: Any) -> dict[str, Tensor]:
+    """Who attends to whom: the map of each attention module during one forward pass.
+
+    The modules hold no map in memory unless it fires and somebody looks; this makes them on demand.
+
+    Args:
+        model: Any module; its `SpikingSelfAttention`, `SpikingCrossAttention` and `DualSpikeSelfAttention` count, the
+            others have no map. It runs once under ``no_grad``, in the mode (train or eval) it is in.
+        inputs: What ``model`` is called with, masks too.
+
+    Returns:
+        [T, B, H, L, S] by the module's name, row i what token i sees, S = L in self-attention: where the output fires
+        the counts Q K^T of spikes that a query and a key share, without the scale; where the map fires its spikes. Zero
+        at padding, and at later keys if causal. A module that was called several times gives its last call.
+
+    Example:
+        >>> attention = SpikingSelfAttention(16, num_heads=2, fire="map")
+        >>> attention_maps(attention, torch.randn(4, 3, 5, 16))[""].shape
+        torch.Size([4, 3, 2, 5, 5])
+    """
+    seen: dict[tuple[str, str], Tensor] = {}
+
+    def watch(name: str, part: str):
+        def record(module: nn.Module, args: tuple[Any, ...], spikes: Tensor) -> None:
+            seen[name, part] = spikes
+
+        return record
+
+    modules = {name: module for name, module in model.named_modules() if isinstance(module, _WITH_MAPS)}
+    handles = [
+        module.get_submodule(part).register_forward_hook(watch(name, part))
+        for name, module in modules.items()
+        for part in (("attn_lif",) if _map_fires(module) else ("q", "k"))
+    ]
+    try:
+        with torch.no_grad():
+            model(*inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    maps = {}
+    for name, module in modules.items():
+        if (name, "attn_lif") in seen:
+            maps[name] = seen[name, "attn_lif"]
+        elif (name, "q") in seen:
+            # At least float32, also under autocast: so every count is exact.
+            q, k = (split_heads(seen[name, part], module.num_heads) for part in "qk")
+            with torch.autocast(q.device.type, enabled=False):
+                counts = q.to(state_dtype(q)) @ k.to(state_dtype(k)).transpose(-1, -2)
+            maps[name] = counts.tril() if getattr(module, "is_causal", False) else counts
+    return maps
+
+
+def _map_fires(module: SpikingSelfAttention | SpikingCrossAttention | DualSpikeSelfAttention) -> bool:
+    """Whether the neurons of an attention module are given its map."""
+    return isinstance(module, DualSpikeSelfAttention) or module.fire == "map"
+
+
 def _valid_share(spikes: Tensor, key_padding_mask: Tensor | None) -> float:
-    """Share of ``spikes`` ([T, B, L, D], or a map [T, B, H, L, L]) that belongs to tokens."""
-    if key_padding_mask is None:
+    """Share of ``spikes`` ([T, B, L, D], a map [T, B, H, L, L], or of all tokens [T, B, D]) that belongs to tokens."""
+    if key_padding_mask is None or spikes.ndim == 3:
         return 1.0
     valid = (~key_padding_mask).double()
     if spikes.ndim == 5:

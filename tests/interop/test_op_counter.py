@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from spikingjelly.activation_based import functional, neuron, op_counter, surrogate
+from spikingjelly.activation_based.model.spikformer import Spikformer
 from torch import nn
 
 import spikeattn
@@ -35,11 +36,44 @@ class NormedNode(nn.Module):
         return self.node(x_seq if padding_mask is None else x_seq.masked_fill(padding_mask.unsqueeze(-1), 0.0))
 
 
+class MatmulAttention(nn.Module):
+    """Our `SpikingSelfAttention` written with matmul and spikingjelly's neuron."""
+
+    def __init__(self, ours: spikeattn.SpikingSelfAttention) -> None:
+        super().__init__()
+        self.ours, self.node = ours, NormedNode(ours.attn_lif)
+
+    def forward(self, x, key_padding_mask=None):
+        ours, heads = self.ours, (*x.shape[:3], self.ours.num_heads, -1)
+        projections = (ours.q, ours.k, ours.v)
+        q, k, v = (project(x, key_padding_mask).view(heads).transpose(2, 3) for project in projections)
+        if key_padding_mask is not None:
+            q, k, v = (y.masked_fill(key_padding_mask[:, None, :, None], 0.0) for y in (q, k, v))
+        scale = ours._scale(x, key_padding_mask)
+        if isinstance(scale, torch.Tensor) and scale.numel() == 1:
+            scale = scale.item()
+        attended = self.node(attend(q, k, v, scale, ours.is_causal)) if ours.fire == "output" else None
+        if attended is None:
+            weights = q @ k.transpose(-1, -2)
+            attended = self.node((weights.tril() if ours.is_causal else weights) * scale) @ v
+        return ours.out(attended.transpose(2, 3).flatten(3), key_padding_mask)
+
+
+def attend(q, k, v, scale, is_causal=False):
+    """Attention without neurons, in the order that takes fewer multiplications."""
+    if not is_causal and q.shape[-1] < k.shape[-2]:
+        return (q @ (k.transpose(-1, -2) @ v)) * scale
+    weights = q @ k.transpose(-1, -2)
+    return ((weights.tril() if is_causal else weights) @ v) * scale
+
+
 def with_their_nodes(model: nn.Module) -> nn.Module:
-    """A copy of the model with spikingjelly's neurons in the place of ours."""
+    """A copy of the model with spikingjelly's neurons, and matmul, in the place of ours."""
     model = copy.deepcopy(model)
     for module in list(model.modules()):
         for name, child in module.named_children():
+            if isinstance(child, spikeattn.SpikingSelfAttention):
+                setattr(module, name, MatmulAttention(child))
             if isinstance(child, spikeattn.LIF):
                 setattr(module, name, NormedNode(child))
     return model
@@ -100,22 +134,79 @@ def test_streaming_counts_like_spikingjelly(kind, extra):
     assert totals(ours, x, kind(extra_rules=extra()), True, 3) == totals(theirs, x, kind(), True, 3)
 
 
-@every_counter
+class NoCopies(op_counter.MemoryAccessCounter):
+    """Counts no copies.
+
+    In a backward they depend on the layout in which an operation returns its gradients, not on what it computes.
+    """
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.rules[torch.ops.aten.clone.default] = lambda args, kwargs, out: 0
+
+
+def total(model, inputs, kind, backward, ours):
+    """Count of a forward, and of the backward but for copies."""
+    kind = NoCopies if backward and kind is op_counter.MemoryAccessCounter else kind
+    counter = kind(extra_rules=rules._rules(kind)) if ours else kind()
+    with op_counter.DispatchCounterMode([counter]):
+        out = model(*inputs).sum()
+        if backward:
+            out.backward()
+    return counter.get_total()
+
+
+@pytest.mark.parametrize("kind", COUNTERS)
 @pytest.mark.parametrize("backward", [False, True])
 @pytest.mark.parametrize("padded", [False, True])
-def test_transformer_block_counts_like_spikingjelly(kind, extra, backward, padded):
+def test_transformer_block_counts_like_spikingjelly(kind, backward, padded):
     model = spikeattn.SpikingTransformerBlock(8, num_heads=2, mlp_ratio=2.0)
     x = torch.randn(3, 2, 5, 8)
     mask = torch.arange(5) >= torch.tensor([[5], [3]]) if padded else None
+    ours = total(model, (x, mask), kind, backward, True)
+    assert ours == total(with_their_nodes(model), (x, mask), kind, backward, False) > 0
 
-    def run(model, counter):
-        with op_counter.DispatchCounterMode([counter]):
-            out = model(x, mask).sum()
-            if backward:
-                out.backward()
-        return counter.get_total()
 
-    assert run(model, kind(extra_rules=extra())) == run(with_their_nodes(model), kind())
+@pytest.mark.parametrize("kind", COUNTERS)
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("L", [5, 9])  # either order of the products is the cheaper
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"init": "published"},
+        {"fire": "map"},
+        {"is_causal": True},
+        {"fire": "map", "is_causal": True},
+        {"v_reset": None, "detach_reset": False, "surrogate_function": spikeattn.Sigmoid()},
+    ],
+    ids=lambda options: "-".join(options),
+)
+def test_attention_counts_like_matmul_and_spikingjelly(kind, options, L, backward):
+    model = spikeattn.SpikingSelfAttention(12, num_heads=2, **options)
+    x = torch.randn(3, 4, L, 12)
+    ours = total(model, (x,), kind, backward, True)
+    assert ours == total(with_their_nodes(nn.Sequential(model)), (x,), kind, backward, False) > 0
+
+
+@every_counter
+def test_attention_without_neurons_counts_its_products(kind, extra):
+    q, k, v = ((torch.rand(3, 2, 2, 9, 4) < 0.3).float() for _ in range(3))
+    ours, theirs = kind(extra_rules=extra()), kind()
+    with op_counter.DispatchCounterMode([ours]):
+        spikeattn.spiking_attention(q, k, v, fire=None).transpose(2, 3).flatten(3)
+    with op_counter.DispatchCounterMode([theirs]):
+        attend(q, k, v, 0.125).transpose(2, 3).flatten(3)
+    assert ours.get_total() == theirs.get_total()
+
+
+@pytest.mark.parametrize("kind", [op_counter.FlopCounter, op_counter.ACCounter, op_counter.SynOpCounter])
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("stateful", [True, False])
+def test_a_swapped_model_counts_what_it_counted(kind, backward, stateful):
+    theirs = Spikformer(T=3, img_size_h=16, img_size_w=16, patch_size=4, embed_dims=32, num_heads=4, depths=1)
+    ours = rules.swap_attention(copy.deepcopy(theirs), stateful=stateful)
+    x = torch.randn(2, 3, 16, 16)
+    assert total(ours, (x,), kind, backward, True) == total(theirs, (x,), kind, backward, False) > 0
 
 
 @pytest.mark.parametrize("kind", [op_counter.FlopCounter, op_counter.ACCounter, op_counter.MemoryAccessCounter])
@@ -141,6 +232,19 @@ def test_a_custom_surrogate_is_counted():
     assert totals(
         nn.Sequential(nn.Linear(4, 4), spikeattn.LIF(surrogate_function=fire)), torch.randn(3, 4), counter, True
     )
+
+
+def test_energy_of_attention_is_that_of_matmul_and_spikingjelly():
+    model, x = spikeattn.SpikingSelfAttention(12, num_heads=2), torch.randn(3, 2, 9, 12)
+    reports = []
+    for net in (model, with_their_nodes(nn.Sequential(model))[0]):
+        profiler = rules.add_rules(op_counter.SimpleEnergyProfiler())
+        profiler.bind_model(net)
+        with profiler, torch.no_grad():
+            net(x)
+        reports.append(profiler.get_report())
+    assert reports[0].counts == reports[1].counts
+    assert reports[0].energy_total_pj == reports[1].energy_total_pj > 0
 
 
 @pytest.mark.parametrize("stateful", [False, True])

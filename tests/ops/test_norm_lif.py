@@ -245,6 +245,22 @@ def test_compiles_to_one_graph_with_the_same_result():
     assert torch.equal(*torch.autograd.grad(loss(x), x), *torch.autograd.grad(compiled(x), x))
 
 
+def test_a_module_around_it_exports():
+    class NormLIF(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = torch.nn.LayerNorm(6)
+            torch.nn.init.constant_(self.norm.weight, 3.0)
+
+        def forward(self, x):
+            return norm_lif(x, self.norm.weight, self.norm.bias, backend="numba").spikes
+
+    module, x = NormLIF(), torch.randn(4, 3, 6)
+    exported = torch.export.export(module, (x,)).module()
+    assert torch.equal(exported(x), module(x))
+    assert module(x).any()
+
+
 def test_surrogates_of_every_kind():
     values = inputs(5, 3, 9)
     import numpy as np

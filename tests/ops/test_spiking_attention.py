@@ -292,6 +292,46 @@ def test_compiles_to_one_graph(fire):
         assert torch.equal(got, want)
 
 
+@pytest.mark.parametrize("fire", FIRES)
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_what_is_not_a_spike_is_attended_to_all_the_same(fire, which):
+    """The kernels see bits; one number that is neither 0 nor 1 must not become one."""
+    qkv = [spikes(3, 2, 2, 5, 8, rate=0.5) for _ in range(3)]
+    qkv[which][1, 0, 1, 2, 3] = 0.25
+    qkv = [x.requires_grad_() for x in qkv]
+    weight = torch.randn(3, 2, 2, 5, 8)
+    results = []
+    for backend in BACKENDS:
+        out = spiking_attention(*qkv, fire=fire, backend=backend)
+        results.append([out, *torch.autograd.grad((out * weight).sum(), qkv)])
+    assert torch.equal(results[0][0], results[1][0])
+    for got, want in zip(results[1][1:], results[0][1:], strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("L", [1, 63, 64, 65, 128, 129])
+@pytest.mark.parametrize("E", [1, 33, 64, 65])
+@pytest.mark.parametrize("fire", FIRES)
+def test_words_of_bits_end_where_tokens_and_channels_do(L, E, fire):
+    q, k, v = (spikes(2, 1, 2, L, E, rate=0.5) for _ in range(3))
+    for causal in (False, True):
+        ours, wanted = (
+            spiking_attention(q, k, v, scale=1.0 if E == 1 else 0.125, fire=fire, is_causal=causal, backend=b)
+            for b in ("numba", "torch")
+        )
+        assert torch.equal(ours, wanted)
+        assert ours.any() or L * E == 1
+
+
+def test_a_module_around_it_exports():
+    class Attention(torch.nn.Module):
+        def forward(self, q, k, v):
+            return spiking_attention(q, k, v, is_causal=True)
+
+    qkv = tuple(spikes(2, 1, 2, 3, 8, rate=0.6) for _ in range(3))
+    assert torch.equal(torch.export.export(Attention(), qkv).module()(*qkv), Attention()(*qkv))
+
+
 def test_any_function_that_fires_is_a_surrogate_on_the_definition():
     q, k, v = (spikes(2, 1, 1, 3, 4, rate=0.7).requires_grad_() for _ in range(3))
     out = spiking_attention(q, k, v, surrogate=torch.sigmoid)

@@ -245,7 +245,7 @@ def lif_backward_cpu(
     N = v0.numel()
     width = block_width(N, min(time_steps, _SEGMENT))
     blocks = -(-N // width)
-    parts = np.zeros(blocks)  # of the gradient of r_tau, one a block: their sum does not depend on the threads
+    parts = np.empty(blocks)  # of the gradient of r_tau, one a block: their sum does not depend on the threads
     plan = (x.dtype, decay_input, _divides(tau, r_tau), r_tau is not None, v_reset is not None, detach_reset)
     custom = isinstance(surrogate, CustomSurrogate)
     kernel = custom_backward_kernel(plan, surrogate) if custom else backward_kernel(*plan)
@@ -264,4 +264,5 @@ def lif_backward_cpu(
         N=N, time_steps=time_steps, static=x.shape[0] == 1, segment=min(time_steps, _SEGMENT), width=width,
         **neuron_scalars(tau, r_tau, v_threshold, v_reset), **surrogate_scalars(surrogate.name, surrogate.alpha),
     )  # fmt: skip
-    return grad_x, grad_v0, torch.tensor(parts.sum(), dtype=torch.float32)
+    grad_r_tau = torch.zeros(()) if r_tau is None else torch.tensor(parts.sum(), dtype=torch.float32)
+    return grad_x, grad_v0, grad_r_tau

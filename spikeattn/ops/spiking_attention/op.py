@@ -18,8 +18,8 @@ from spikeattn.ops.spiking_attention.reference import (
     attend,
     attend_backward,
     attention_map,
-    current_backward,
     masked,
+    product_backward,
     spiking_attention_reference,
 )
 from spikeattn.ops.surrogate import ATan, Surrogate, as_surrogate, surrogate_of
@@ -115,7 +115,7 @@ def spiking_attention(
             _checks.check_spikes("spiking_attention", name, x)
     surrogate = as_surrogate(surrogate)
     chosen = resolve_backend(backend, q.device, "spiking_attention", lambda name: lif_kernels_take(name, q, surrogate))
-    scale = _as_scale(scale, q)
+    scale = as_scale(scale, q)
     v_reset = None if v_reset is None else float(v_reset)
     settings = (fire, order, is_causal, float(tau), float(v_threshold), v_reset, detach_reset)
     inputs = (q, k, v, scale, query_padding_mask, key_padding_mask)
@@ -140,11 +140,11 @@ def attend_by_map(
     dtype = q.dtype
     q, k, v = masked(q, query_padding_mask), masked(k, key_padding_mask), masked(v, key_padding_mask)
     with torch.autocast(q.device.type, enabled=False):
-        spikes = neuron(attention_map(q, k, _as_scale(scale, q), slice(0, q.shape[3]), is_causal))
+        spikes = neuron(attention_map(q, k, as_scale(scale, q), slice(0, q.shape[3]), is_causal))
         return (spikes @ v).to(dtype)
 
 
-def _as_scale(scale: float | Tensor, q: Tensor) -> Tensor:
+def as_scale(scale: float | Tensor, q: Tensor) -> Tensor:
     """``scale`` as a tensor of five axes in the dtype of the sums."""
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     if not isinstance(scale, Tensor):
@@ -179,8 +179,8 @@ def _neuron(
     return Neuron(fire, gradient)
 
 
-def _fused(k: Tensor, fire: str | None, backend: str) -> bool:
-    """Whether kernels of this operation run it; else products do, and the neurons' kernels."""
+def _cupy_takes(k: Tensor, fire: str | None, backend: str) -> bool:
+    """Whether the CUDA kernels of this operation run it; else products do, and the neurons' kernels."""
     if backend != "cupy":
         return False
     from spikeattn.ops.spiking_attention.cuda import takes
@@ -208,7 +208,15 @@ def spiking_attention_forward(
     backend: str,
 ) -> Tensor:
     """Return [T, B, H, L, E], [T, B, L, H, E] in memory."""
-    if _fused(k, fire, backend):
+    if backend == "numba":
+        from spikeattn.ops.spiking_attention import cpu
+
+        masks = (query_padding_mask, key_padding_mask)
+        if cpu.takes(q, k, scale):
+            out = cpu.spiking_attention_forward_cpu(q, k, v, scale, *masks, fire, is_causal, tau, v_threshold, v_reset)
+            if out is not None:
+                return out
+    if _cupy_takes(k, fire, backend):
         from spikeattn.ops.spiking_attention.cuda import attention_forward_cuda
 
         inputs = (q, k, v, scale, query_padding_mask, key_padding_mask)
@@ -252,18 +260,28 @@ def spiking_attention_backward(
     """Return ``(grad_q, grad_k, grad_v)``."""
     masks = (query_padding_mask, key_padding_mask, key_padding_mask)
     own = (masked(q, query_padding_mask), masked(k, key_padding_mask), masked(v, key_padding_mask))
-    with torch.autocast(q.device.type, enabled=False):
-        if fire == "output" and _fused(k, fire, backend):
-            from spikeattn.ops.spiking_attention.cuda import attention_backward_cuda
+    neuron = _neuron(q, tau, v_threshold, v_reset, detach_reset, surrogate, alpha, backend)
+    product_grad = None
+    if backend == "numba":
+        from spikeattn.ops.spiking_attention import cpu
 
-            derivative = getattr(surrogate_of(surrogate, alpha), "cuda", None)
-            weighted = attention_backward_cuda(
-                grad, q, k, v, scale, query_padding_mask, key_padding_mask, order, is_causal,
-                tau, v_threshold, v_reset, detach_reset, surrogate, alpha, derivative,
+        if cpu.takes_backward(q, k, scale, fire):
+            product_grad = cpu.neuron_gradient_cpu(
+                grad, q, k, v, scale, query_padding_mask, key_padding_mask,
+                is_causal, tau, v_threshold, v_reset, detach_reset, surrogate_of(surrogate, alpha),
             )  # fmt: skip
-            grads = current_backward(weighted, *own, is_causal)
+    if fire == "output" and _cupy_takes(k, fire, backend):
+        from spikeattn.ops.spiking_attention.cuda import attention_backward_cuda
+
+        derivative = getattr(surrogate_of(surrogate, alpha), "cuda", None)
+        product_grad = attention_backward_cuda(
+            grad, q, k, v, scale, query_padding_mask, key_padding_mask, order, is_causal,
+            tau, v_threshold, v_reset, detach_reset, surrogate, alpha, derivative,
+        )  # fmt: skip
+    with torch.autocast(q.device.type, enabled=False):
+        if product_grad is not None:
+            grads = product_backward(product_grad, *own, is_causal)
         else:
-            neuron = _neuron(q, tau, v_threshold, v_reset, detach_reset, surrogate, alpha, backend)
             grads = attend_backward(grad.to(own[0].dtype), *own, scale, fire, order, is_causal, neuron)
     grad_q, grad_k, grad_v = (masked(g, mask).to(q.dtype).contiguous() for g, mask in zip(grads, masks, strict=True))
     return grad_q, grad_k, grad_v

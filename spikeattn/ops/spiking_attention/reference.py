@@ -81,7 +81,7 @@ def spiking_attention_reference(
 
 def masked(x: Tensor, padding_mask: Tensor | None) -> Tensor:
     """``x`` [T, B, H, L, E] in the dtype of the sums, zero at padding [B, L]."""
-    x = x.to(state_dtype(x))
+    x = x.to(state_dtype(x)).contiguous()  # once: each matrix product would copy it
     return x if padding_mask is None else x.masked_fill(padding_mask[:, None, :, None], 0.0)
 
 
@@ -128,14 +128,19 @@ def attend_backward(
         return _map_backward(grad, q, k, v, scale, is_causal, neuron)
     if fire == "output":
         grad = neuron.gradient(grad, product(q, k, v, order, is_causal) * scale)
-    return current_backward(grad * scale, q, k, v, is_causal)
+    return product_backward(grad * scale, q, k, v, is_causal)
 
 
-def current_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of masked ``q``, ``k``, ``v`` from ``grad``, that of the currents times the scale."""
-    grad_q = product(grad, v, k, is_causal=is_causal)
+def product_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of ``q``, ``k``, ``v`` from that of ``(Q K^T) V``, in the cheaper order."""
+    if cheaper_order(q.shape[-2], k.shape[-2], q.shape[-1], v.shape[-1], is_causal) == "map_first":
+        grad_map, counts = grad @ v.transpose(-1, -2), q @ k.transpose(-1, -2)
+        if is_causal:
+            grad_map, counts = grad_map.tril(), counts.tril()
+        return grad_map @ k, grad_map.transpose(-1, -2) @ q, counts.transpose(-1, -2) @ grad
     if not is_causal:
-        return grad_q, product(v, grad, q), product(k, q, grad)
+        return product(grad, v, k), product(v, grad, q), product(k, q, grad)
+    grad_q = product(grad, v, k, is_causal=True)
     # Token j is seen by tokens i >= j: the same product of reversed sequences.
     q, k, v, grad = (x.flip(-2) for x in (q, k, v, grad))
     return grad_q, product(v, grad, q, is_causal=True).flip(-2), product(k, q, grad, is_causal=True).flip(-2)

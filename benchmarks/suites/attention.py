@@ -1,0 +1,66 @@
+"""The core of spiking attention: ours, two matrix products and our LIF, and the same with SpikingJelly's LIF."""
+
+from functools import partial
+
+import torch
+from spikingjelly.activation_based import neuron, surrogate
+from torch import Tensor
+
+from benchmarks.measure import contender
+from benchmarks.registry import Case, CaseMakers, Suite
+from spikeattn import ATan, lif, spiking_attention
+
+TAU, V_THRESHOLD, SCALE, RATE = 2.0, 0.5, 0.125, 0.2
+# T, B, H, L, E: SpikEmo on MELD, on IEMOCAP; a vision transformer; long sequences.
+SIZES = [(32, 16, 8, 24, 32), (32, 4, 8, 110, 32), (4, 2, 8, 196, 64), (4, 1, 4, 1024, 64), (4, 1, 2, 4096, 64)]
+_MAP_BYTES = 2**30  # of the map that the peers make
+
+
+def cases(device: str, quick: bool) -> CaseMakers:
+    """Firing of the output, whole and causal, in float32; bfloat16 storage on a GPU."""
+    sizes = [(2, 1, 2, 3, 4)] if quick else SIZES
+    dtypes = (torch.float32,) if device == "cpu" else (torch.float32, torch.bfloat16)
+    return [
+        partial(_case, *size, causal, dtype, device) for dtype in dtypes for causal in (False, True) for size in sizes
+    ]
+
+
+def _case(T: int, B: int, H: int, L: int, E: int, causal: bool, dtype: torch.dtype, device: str) -> Case:
+    x = (torch.rand(3, T, B, H, L, E, device=device) < RATE).to(dtype)
+    node = neuron.LIFNode(
+        TAU, v_threshold=V_THRESHOLD, surrogate_function=surrogate.ATan(), detach_reset=True, step_mode="m"
+    )
+
+    def ours(x: Tensor) -> Tensor:
+        return spiking_attention(*x, scale=SCALE, is_causal=causal, tau=TAU, v_threshold=V_THRESHOLD)
+
+    def product(x: Tensor) -> Tensor:
+        q, k, v = x
+        if not causal and L > E:
+            return q @ (k.transpose(-1, -2) @ v) * SCALE
+        counts = q @ k.transpose(-1, -2)
+        return (counts.tril() if causal else counts) @ v * SCALE
+
+    def with_our_lif(x: Tensor) -> Tensor:
+        return lif(product(x), tau=TAU, v_threshold=V_THRESHOLD, surrogate=ATan(), detach_reset=True).spikes
+
+    def with_spikingjelly(x: Tensor) -> Tensor:
+        node.reset()
+        return node(product(x))
+
+    peers = {"two products + our LIF": with_our_lif, "two products + SpikingJelly 2.0.0": with_spikingjelly}
+    absent = {}
+    if causal and 4 * T * B * H * L * L > _MAP_BYTES:
+        absent = dict.fromkeys(peers, f"its map [T, B, H, L, L] takes more than {_MAP_BYTES >> 20} MiB")
+        peers = {}
+    storage = str(dtype).removeprefix("torch.")
+    return Case(
+        name=f"T={T} B={B} H={H} L={L} E={E} {'causal ' if causal else ''}{storage}",
+        sizes={"T": T, "B": B, "H": H, "L": L, "E": E, "dtype": storage},
+        ours=contender("spikeattn", ours, x),
+        peers=[contender(name, model, x) for name, model in peers.items()],
+        absent=absent,
+    )
+
+
+ATTENTION = Suite("attention", ["tests/ops/test_spiking_attention.py"], cases)

@@ -1,0 +1,300 @@
+"""Fused CPU kernels of `spiking_attention` for short sequences: spikes as bits, one head of one sequence at a time.
+
+What is not a spike, and what is too long to gain, goes to matrix products (`reference.attend`).
+"""
+
+from functools import cache, lru_cache
+
+import numba
+import numpy as np
+import torch
+from torch import Tensor
+
+from spikeattn._cpu.bits import WORD, U, add_plane, attend_row, count_row, fired_word, pack_columns, pack_rows
+from spikeattn._cpu.compiler import SOURCES, Frame, Kernel, inline, memory, next_blocks
+from spikeattn._cpu.memory import empty
+from spikeattn._cpu.neuron import (
+    F,
+    custom_derivative_row,
+    derivative_row,
+    grad_row,
+    neuron_scalars,
+    step_row,
+    surrogate_scalars,
+)
+from spikeattn._cpu.storage import ELEMENT, load_row, store_row, target_row
+from spikeattn._cpu.threads import spread
+from spikeattn._leak import has_exact_reciprocal
+from spikeattn.ops.surrogate import CustomSurrogate, Surrogate
+
+_LONGEST = 128  # tokens; beyond, matrix products are faster (benchmarks, suite "attention")
+_TRAJECTORY = 1 << 18  # floats of H that the backward of a head may keep
+
+_INPUTS = (
+    "q qT qB qH qL k kT kB kH kL v vT vB vH vL scale scaleB scaleH scaleL"
+    " query_mask has_query_mask key_mask has_key_mask odd T B H L S E is_causal"
+)
+_FORWARD = Frame(f"{_INPUTS} out", "tau v_threshold v_rest")
+_BACKWARD = Frame(f"{_INPUTS} grad gradT gradB gradH gradL out kind", "tau v_threshold v_rest a b")
+_forward_record, _backward_record = _FORWARD.record, _BACKWARD.record
+
+
+def takes(q: Tensor, k: Tensor, scale: Tensor) -> bool:
+    """Whether the kernels take such a call."""
+    return q.dtype in ELEMENT and q.shape[-1] <= WORD and k.shape[-2] <= _LONGEST and scale.shape[0] == 1
+
+
+def takes_backward(q: Tensor, k: Tensor, scale: Tensor, fire: str | None) -> bool:
+    """Whether the kernel of the neurons' gradient takes such a call."""
+    return fire == "output" and takes(q, k, scale) and q.shape[0] * q.shape[-2] * q.shape[-1] <= _TRAJECTORY
+
+
+@inline
+def _extent(p_T, p_B, p_H, tokens, T, B, H, L, E):
+    """Elements from the first to the last of a tensor with these strides."""
+    return (T - 1) * p_T + (B - 1) * p_B + (H - 1) * p_H + (L - 1) * tokens + E
+
+
+@inline
+def load_tokens(p, t, b, h, q, k, v, query_mask, key_mask, queries, keys, columns, buffer):
+    """Pack the tokens of one head and time step; whether they hold 0 and 1 only."""
+    spikes = pack_rows(queries, q, t * p.qT + b * p.qB + h * p.qH, p.qL, p.E, query_mask, b * p.L, buffer)
+    spikes &= pack_rows(keys, k, t * p.kT + b * p.kB + h * p.kH, p.kL, p.E, key_mask, b * p.S, buffer)
+    first = t * p.vT + b * p.vB + h * p.vH
+    return spikes & pack_columns(columns, v, first, p.vL, p.S, p.E, key_mask, b * p.S, buffer)
+
+
+@inline
+def planes_of(E):
+    """Bits of a count of channels, 0 to E."""
+    planes = 0
+    while E >> planes:
+        planes += 1
+    return planes
+
+
+@cache
+def forward_kernel(storage: torch.dtype, fire: str | None, divides: bool, hard_reset: bool) -> Kernel:
+    """The forward for one kind of firing."""
+    plan, element = (fire == "output", fire == "map", divides, hard_reset, SOURCES), ELEMENT[storage]
+
+    def spiking_attention_forward(frame):
+        fires_output, fires_map, divides, hard_reset, _ = plan
+        p = numba.carray(frame, 1, _forward_record)[0]
+        T, B, H, L, S, E, is_causal = p.T, p.B, p.H, p.L, p.S, p.E, p.is_causal
+        tau, v_threshold, v_rest = F(p.tau), F(p.v_threshold), F(p.v_rest)
+        q = memory(p.q, _extent(p.qT, p.qB, p.qH, p.qL, T, B, H, L, E), element)
+        k = memory(p.k, _extent(p.kT, p.kB, p.kH, p.kL, T, B, H, S, E), element)
+        v = memory(p.v, _extent(p.vT, p.vB, p.vH, p.vL, T, B, H, S, E), element)
+        scale = memory(p.scale, _extent(0, p.scaleB, p.scaleH, p.scaleL, 1, B, H, L, 1), F)
+        query_mask = memory(p.query_mask, B * L if p.has_query_mask else 0, np.bool_)
+        key_mask = memory(p.key_mask, B * S if p.has_key_mask else 0, np.bool_)
+        out, odd = memory(p.out, T * B * L * H * E, element), memory(p.odd, 1, np.int64)
+        planes = planes_of(E)
+        queries, keys = np.empty(L, np.uint64), np.empty(S, np.uint64)
+        columns = np.empty(((S + WORD - 1) // WORD, E), np.uint64)
+        counts, sums = np.empty(S, np.uint64), np.empty(E, np.uint64)
+        potentials = np.empty((L, S if fires_map else E), np.float32)
+        rows, buffer = np.empty((2, max(S, E)), np.float32), np.empty(E, np.float32)
+        currents, spikes = rows[0], rows[1]
+        first, last = next_blocks(frame, p.pieces, p.blocks, 0)
+        while first < last:
+            for block in range(first, last):
+                if odd[0]:  # another block holds what is no spike: the call goes to matrix products
+                    break
+                b, h = block // H, block % H
+                potentials[:] = v_rest
+                for t in range(T):
+                    if not load_tokens(p, t, b, h, q, k, v, query_mask, key_mask, queries, keys, columns, buffer):
+                        odd[0] = 1
+                    for i in range(L):
+                        seen, own_scale = (i + 1 if is_causal else S), scale[b * p.scaleB + h * p.scaleH + i * p.scaleL]
+                        row = out[(((t * B + b) * L + i) * H + h) * E : (((t * B + b) * L + i) * H + h + 1) * E]
+                        result = target_row(row, buffer)
+                        if fires_map:
+                            current, spike = currents[:S], spikes[:S]
+                            count_row(queries[i], keys, counts)
+                            for j in range(S):
+                                current[j] = F(np.int64(counts[j])) * own_scale if j < seen else F(0.0)
+                            step_row(
+                                current, potentials[i], spike, tau, v_threshold, v_rest,
+                                True, divides, hard_reset, True,
+                            )  # fmt: skip
+                            sums[:] = U(0)
+                            for begin in range(0, S, WORD):
+                                word = fired_word(spike[begin : min(S, begin + WORD)])
+                                add_plane(sums, word, columns[begin // WORD], 0)
+                            for e in range(E):
+                                result[e] = F(np.int64(sums[e]))
+                        else:
+                            attend_row(sums, queries[i], keys, columns, seen, planes, counts)
+                            current = currents[:E] if fires_output else result
+                            for e in range(E):
+                                current[e] = F(np.int64(sums[e])) * own_scale
+                            if fires_output:
+                                step_row(
+                                    current, potentials[i], result, tau, v_threshold, v_rest,
+                                    True, divides, hard_reset, True,
+                                )  # fmt: skip
+                        store_row(row, result)
+            first, last = next_blocks(frame, p.pieces, p.blocks, 1)
+
+    return Kernel(spiking_attention_forward, _FORWARD)
+
+
+@cache
+def backward_kernel(storage: torch.dtype, divides: bool, hard_reset: bool, detach_reset: bool) -> Kernel:
+    """Gradient of the product, [T, B, H, L, E] in float32, times the scale, from that of the output that it fires."""
+    plan, element = (divides, hard_reset, detach_reset, SOURCES), ELEMENT[storage]
+
+    def spiking_attention_backward(frame):
+        divides, hard_reset, detach_reset, _ = plan
+        p = numba.carray(frame, 1, _backward_record)[0]
+        T, B, H, L, S, E, is_causal, kind = p.T, p.B, p.H, p.L, p.S, p.E, p.is_causal, p.kind
+        tau, v_threshold, v_rest, a, b_ = F(p.tau), F(p.v_threshold), F(p.v_rest), F(p.a), F(p.b)
+        q = memory(p.q, _extent(p.qT, p.qB, p.qH, p.qL, T, B, H, L, E), element)
+        k = memory(p.k, _extent(p.kT, p.kB, p.kH, p.kL, T, B, H, S, E), element)
+        v = memory(p.v, _extent(p.vT, p.vB, p.vH, p.vL, T, B, H, S, E), element)
+        grad = memory(p.grad, _extent(p.gradT, p.gradB, p.gradH, p.gradL, T, B, H, L, E), element)
+        scale = memory(p.scale, _extent(0, p.scaleB, p.scaleH, p.scaleL, 1, B, H, L, 1), F)
+        query_mask = memory(p.query_mask, B * L if p.has_query_mask else 0, np.bool_)
+        key_mask = memory(p.key_mask, B * S if p.has_key_mask else 0, np.bool_)
+        out, odd = memory(p.out, T * B * L * H * E, F), memory(p.odd, 1, np.int64)
+        planes = planes_of(E)
+        queries, keys = np.empty(L, np.uint64), np.empty(S, np.uint64)
+        columns = np.empty(((S + WORD - 1) // WORD, E), np.uint64)
+        counts, sums = np.empty(S, np.uint64), np.empty(E, np.uint64)
+        h_seq, carries = np.empty((T, L, E), np.float32), np.empty((L, E), np.float32)
+        currents, slopes, buffer = np.empty(E, np.float32), np.empty(E, np.float32), np.empty(E, np.float32)
+        first, last = next_blocks(frame, p.pieces, p.blocks, 0)
+        while first < last:
+            for block in range(first, last):
+                if odd[0]:
+                    break
+                b, h = block // H, block % H
+                carries[:] = v_rest  # first the potentials, then their gradients
+                for t in range(T):
+                    if not load_tokens(p, t, b, h, q, k, v, query_mask, key_mask, queries, keys, columns, buffer):
+                        odd[0] = 1
+                    for i in range(L):
+                        own_scale = scale[b * p.scaleB + h * p.scaleH + i * p.scaleL]
+                        attend_row(sums, queries[i], keys, columns, i + 1 if is_causal else S, planes, counts)
+                        for e in range(E):
+                            currents[e] = F(np.int64(sums[e])) * own_scale
+                        step_row(
+                            currents, carries[i], h_seq[t, i], tau, v_threshold, v_rest,
+                            True, divides, hard_reset, False,
+                        )  # fmt: skip
+                carries[:] = F(0.0)
+                for t in range(T - 1, -1, -1):
+                    for i in range(L):
+                        own_scale = scale[b * p.scaleB + h * p.scaleH + i * p.scaleL]
+                        at = t * p.gradT + b * p.gradB + h * p.gradH + i * p.gradL
+                        grad_s = load_row(grad[at : at + E], buffer)
+                        derivative_row(kind, h_seq[t, i], v_threshold, a, b_, slopes)
+                        at = (((t * B + b) * H + h) * L + i) * E
+                        result = out[at : at + E]
+                        grad_row(
+                            grad_s, slopes, h_seq[t, i], carries[i], result, tau, v_threshold, v_rest,
+                            True, divides, hard_reset, detach_reset,
+                        )  # fmt: skip
+                        for e in range(E):
+                            result[e] = result[e] * own_scale
+            first, last = next_blocks(frame, p.pieces, p.blocks, 1)
+
+    return Kernel(spiking_attention_backward, _BACKWARD)
+
+
+@lru_cache(maxsize=64)
+def custom_backward_kernel(plan: tuple, surrogate: CustomSurrogate) -> Kernel:
+    """The backward for a user's surrogate."""
+    return backward_kernel(*plan).with_derivative(custom_derivative_row(surrogate.numba))
+
+
+def _rows_of_channels(x: Tensor) -> Tensor:
+    """``x`` with its channels side by side in memory."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _strides(name: str, x: Tensor) -> dict[str, int]:
+    """Address and strides of [T, B, H, L, E] for a frame."""
+    return {name: x.data_ptr()} | {f"{name}{axis}": x.stride(i) for i, axis in enumerate("TBHL")}
+
+
+def _inputs(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: Tensor,
+    masks: list[Tensor | None],
+    is_causal: bool,
+    odd: np.ndarray,
+) -> dict[str, float]:
+    """What both frames take for the inputs; ``masks`` are those of queries and keys."""
+    query_mask, key_mask = masks
+    T, B, H, L, E = q.shape
+    scale_strides = [0 if size == 1 else stride for size, stride in zip(scale.shape, scale.stride(), strict=True)]
+    return {
+        **_strides("q", q), **_strides("k", k), **_strides("v", v),
+        "scale": scale.data_ptr(), "scaleB": scale_strides[1], "scaleH": scale_strides[2], "scaleL": scale_strides[3],
+        "query_mask": 0 if query_mask is None else query_mask.data_ptr(), "has_query_mask": query_mask is not None,
+        "key_mask": 0 if key_mask is None else key_mask.data_ptr(), "has_key_mask": key_mask is not None,
+        "odd": odd.ctypes.data, "T": T, "B": B, "H": H, "L": L, "S": k.shape[3], "E": E, "is_causal": is_causal,
+    }  # fmt: skip
+
+
+def spiking_attention_forward_cpu(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: Tensor,
+    query_padding_mask: Tensor | None,
+    key_padding_mask: Tensor | None,
+    fire: str | None,
+    is_causal: bool,
+    tau: float,
+    v_threshold: float,
+    v_reset: float | None,
+) -> Tensor | None:
+    """`spiking_attention`, [T, B, H, L, E] in memory [T, B, L, H, E]; None if an input is not made of spikes."""
+    T, B, H, L, E = q.shape
+    q, k, v = _rows_of_channels(q), _rows_of_channels(k), _rows_of_channels(v)
+    masks = [None if mask is None else mask.contiguous() for mask in (query_padding_mask, key_padding_mask)]
+    out, odd = empty((T, B, L, H, E), q.dtype), np.zeros(1, np.int64)
+    spread(
+        forward_kernel(q.dtype, fire, not has_exact_reciprocal(tau), v_reset is not None), B * H, T * B * H * L * E,
+        **_inputs(q, k, v, scale, masks, is_causal, odd), out=out.data_ptr(),
+        **neuron_scalars(tau, None, v_threshold, v_reset),
+    )  # fmt: skip
+    return None if odd[0] else out.transpose(2, 3)
+
+
+def neuron_gradient_cpu(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: Tensor,
+    query_padding_mask: Tensor | None,
+    key_padding_mask: Tensor | None,
+    is_causal: bool,
+    tau: float,
+    v_threshold: float,
+    v_reset: float | None,
+    detach_reset: bool,
+    surrogate: Surrogate,
+) -> Tensor | None:
+    """``scale dL/dY`` [T, B, H, L, E] of Y = scale (Q K^T) V that fires; None if an input is not made of spikes."""
+    T, B, H, L, E = q.shape
+    grad = _rows_of_channels(grad.to(q.dtype))
+    q, k, v = _rows_of_channels(q), _rows_of_channels(k), _rows_of_channels(v)
+    masks = [None if mask is None else mask.contiguous() for mask in (query_padding_mask, key_padding_mask)]
+    out, odd = empty((T, B, H, L, E), torch.float32), np.zeros(1, np.int64)
+    plan = (q.dtype, not has_exact_reciprocal(tau), v_reset is not None, detach_reset)
+    custom = isinstance(surrogate, CustomSurrogate)
+    spread(
+        custom_backward_kernel(plan, surrogate) if custom else backward_kernel(*plan), B * H, T * B * H * L * E,
+        **_inputs(q, k, v, scale, masks, is_causal, odd), **_strides("grad", grad), out=out.data_ptr(),
+        **neuron_scalars(tau, None, v_threshold, v_reset), **surrogate_scalars(surrogate.name, surrogate.alpha),
+    )  # fmt: skip
+    return None if odd[0] else out
