@@ -145,6 +145,7 @@ def check_attention(
     order: str = "map_first",
     causal: bool = False,
     masked: bool = False,
+    odd: int | None = None,
     rate: float = 0.3,
     neuron: Neuron = Neuron(),
     surrogate: Surrogate = ATan(),
@@ -154,6 +155,8 @@ def check_attention(
 ) -> None:
     """Results bit for bit, and, where the output fires, the gradient of the currents; bit for bit too if ``exact``."""
     inputs = attention_inputs(T, B, H, L, S, E, rate=rate, dtype=dtype, fire=fire, masked=masked)
+    if odd is not None:  # q, k or v holds numbers that are no spikes
+        inputs[odd].mul_(torch.randint(-2, 5, inputs[odd].shape) / 2)
     settings = (neuron.tau, 1.0, neuron.v_reset)
     wanted = spiking_attention_reference(*inputs, fire, order, causal, *settings, neuron.detach_reset, surrogate)
     on_device = move(list(inputs), device)

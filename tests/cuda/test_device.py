@@ -73,6 +73,15 @@ def test_every_attention_has_the_bits_of_the_definition(size, way, dtype):
 
 
 @pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("way", WAYS, ids=ids)
+def test_numbers_that_are_no_spikes_are_multiplied(way, causal):
+    for odd in range(3):
+        check_attention(
+            3, 2, 1, 6, 6, 40, fire=way[0], order=way[1], causal=causal, masked=True, odd=odd, device="cuda"
+        )
+
+
+@pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("fire", ["output", "map", None])
 def test_attention_has_the_gradients_of_the_definition(fire, causal):
     qkv = [(torch.rand(8, 2, 4, 40, 32) < 0.3).float() for _ in range(3)]

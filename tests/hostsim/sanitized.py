@@ -31,4 +31,5 @@ if __name__ == "__main__":
         check_attention(1, 1, 1, 1, 1, 1, fire=fire, order=order)
         check_attention(2, 1, 1, 3, 7, 128, fire=fire, order=order)
         check_attention(1, 1, 1, 70, 70, 9, fire=fire, order=order, causal=True)
+        check_attention(2, 1, 1, 3, 7, 33, fire=fire, order=order, masked=True, odd=1)
     print("clean")

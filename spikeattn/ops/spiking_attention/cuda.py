@@ -98,8 +98,10 @@ def attention_forward_cuda(
     (T, B, H, L, E), S, storage = q.shape, k.shape[3], STORAGE[q.dtype]
     out = q.new_empty((T, B, L, H, E))
     state_first = _is_state_first(L, S, E, fire, order, is_causal)
+    q, k, v = (_rows_in_one_piece(x) for x in (q, k, v))
+    masks = _in_one_piece(query_padding_mask), _in_one_piece(key_padding_mask)
     odd = torch.zeros(1, dtype=torch.int32, device=q.device)
-    operands = _operands(q, k, v, query_padding_mask, key_padding_mask, odd, state_first, is_causal)
+    operands = _operands(q, k, v, *masks, odd, state_first, is_causal)
     if fire == "map":
         plan, operands = plan_map(B * H, L, S, E, storage, is_causal), operands[:3]
         direction, constants = "map", plan.constants
@@ -107,7 +109,8 @@ def attention_forward_cuda(
         plan = plan_attention("forward", B * H, L, E, storage, state_first, is_causal)
         direction, constants = "forward", (*plan.constants, ("kFires", int(fire == "output")))
     constants += _neuron(tau, v_reset) + NO_GRADIENT
-    args: list[Argument] = [*operands, _start(scale), odd, out, T, B * H, H, L, S, E, *_strides(scale)]
+    args: list[Argument] = [*operands, _start(scale), odd, _start(q), _start(k), _start(v), *masks, out]
+    args += [T, B * H, H, L, S, E, *_strides(scale), *_strides(q), *_strides(k), *_strides(v)]
     args += [leak(tau), float(v_threshold), float(v_reset or 0.0)]
     launch(plan, Program("spiking_attention", direction, storage, constants), args, q.device)
     return out.transpose(2, 3)
@@ -138,14 +141,17 @@ def attention_backward_cuda(
     (T, B, H, L, E), S, storage = q.shape, k.shape[3], STORAGE[q.dtype]
     grad = _rows_in_one_piece(grad.to(q.dtype))
     state_first = _is_state_first(L, S, E, "output", order, is_causal)
+    q, k, v = (_rows_in_one_piece(x) for x in (q, k, v))
+    masks = _in_one_piece(query_padding_mask), _in_one_piece(key_padding_mask)
     odd = torch.zeros(1, dtype=torch.int32, device=q.device)
-    operands = _operands(q, k, v, query_padding_mask, key_padding_mask, odd, state_first, is_causal)
+    operands = _operands(q, k, v, *masks, odd, state_first, is_causal)
     out = q.new_empty(q.shape, dtype=torch.float32)
     plan = plan_attention("backward", B * H, L, E, storage, state_first, is_causal)
     constants = (*plan.constants, *_neuron(tau, v_reset))
     constants += gradient_constants(detach_reset, surrogate, derivative)
-    args: list[Argument] = [_start(grad), *operands, _start(scale), odd, out, T, B * H, H, L, S, E]
-    args += [*_strides(scale), *_strides(grad), leak(tau), float(v_threshold), float(v_reset or 0.0)]
+    args: list[Argument] = [_start(grad), *operands, _start(scale), odd, _start(q), _start(k), _start(v), *masks, out]
+    args += [T, B * H, H, L, S, E, *_strides(scale), *_strides(q), *_strides(k), *_strides(v), *_strides(grad)]
+    args += [leak(tau), float(v_threshold), float(v_reset or 0.0)]
     args += surrogate_scalars(surrogate, alpha)
     launch(plan, Program("spiking_attention", "backward", storage, constants, derivative), args, q.device)
     return out
@@ -180,12 +186,11 @@ def _operands(
 def _packed(x: Tensor, padding_mask: Tensor | None, odd: Tensor, transposed: bool) -> Tensor:
     """Spikes [T, B, H, L, E] as bits: columns if ``transposed``, else rows; ``odd`` is set where one is no spike."""
     (T, B, H, L, E), storage = x.shape, STORAGE[x.dtype]
-    x, words, groups = _rows_in_one_piece(x), _words(E), -(-L // 32)
+    words, groups = _words(E), -(-L // 32)
     shape = (T, B, H, groups, 32 * words) if transposed else (T, B, H, L, words)
     packed = x.new_empty(shape, dtype=torch.int32)
     plan = plan_pack(T * B * H * groups, E, storage, transposed)
-    mask = None if padding_mask is None else padding_mask.contiguous()
-    args: list[Argument] = [_start(x), mask, packed, odd, T, B, H, L, E, *_strides(x)]
+    args: list[Argument] = [_start(x), padding_mask, packed, odd, T, B, H, L, E, *_strides(x)]
     launch(plan, Program("spiking_attention", "pack", storage, plan.constants + UNUSED), args, x.device)
     return packed
 
@@ -208,6 +213,10 @@ def _neuron(tau: float, v_reset: float | None) -> tuple[tuple[str, int], ...]:
 def _rows_in_one_piece(x: Tensor) -> Tensor:
     """``x`` with a stride of 1 along its channels; the other strides go to the kernel by value."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _in_one_piece(padding_mask: Tensor | None) -> Tensor | None:
+    return None if padding_mask is None else padding_mask.contiguous()
 
 
 def _start(x: Tensor) -> Tensor:

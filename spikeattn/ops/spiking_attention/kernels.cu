@@ -106,13 +106,48 @@ SPK_ENTRY(spk_attention_states)(
 #endif
 #if defined(SPK_FORWARD) || defined(SPK_BACKWARD) || defined(SPK_MAP)
 
+// Where q, k or v comes from: what is read if it holds a number that is no spike.
+struct Source {
+    const storage* x;
+    const bool* mask;
+    long long tokens, stride_t, stride_b, stride_h, stride_l;
+
+    __device__ const storage* row(long long t, long long b, long long h, long long token) const
+    {
+        const bool silent = token >= tokens || (mask && mask[b * tokens + token]);
+        return silent ? nullptr : x + t * stride_t + b * stride_b + h * stride_h + token * stride_l;
+    }
+};
+
 // What one launch attends to. Strides of scale are 0 along an axis where one number is for all.
 struct Attention {
     const unsigned *q, *k, *v;  // rows of Q; rows of K; columns of V
     const float* states;        // if kStateFirst, instead of K and V or, if kCausal, for those before the chunk
     const float* scale;
-    const int* odd;  // whether q, k or v held a number that is no spike
-    long long heads, L, S, E, scale_t, scale_b, scale_h, scale_l;
+    const int* odd;  // whether q, k or v holds a number that is no spike
+    Source source_q, source_k, source_v;
+    long long heads, H, L, S, E, scale_t, scale_b, scale_h, scale_l;
+
+    // Product of the query i and the key j as numbers.
+    __device__ float dot(long long t, long long head, long long i, long long j) const
+    {
+        const storage* query = source_q.row(t, head / H, head % H, i);
+        const storage* key = source_k.row(t, head / H, head % H, j);
+        float sum = 0.0f;
+        if (!query || !key) return sum;
+#pragma unroll 1
+        for (long long e = 0; e < E; ++e) sum = __fmaf_rn(to_float(query[e]), to_float(key[e]), sum);
+        return sum;
+    }
+
+    // Adds the value j as numbers, times `factor`, to the lane's channels.
+    __device__ void add_values(long long t, long long head, long long j, float factor, float* sums) const
+    {
+        const storage* row = source_v.row(t, head / H, head % H, j);
+#pragma unroll
+        for (int w = 0; w < kWords; ++w)
+            if (row && 32 * w + lane() < E) sums[w] = __fmaf_rn(factor, to_float(row[32 * w + lane()]), sums[w]);
+    }
 
     __device__ long long tiles() const { return (L + kRows - 1) / kRows; }
 
@@ -124,7 +159,7 @@ struct Attention {
     }
 
     // Where the scales of a tile are at t = 0.
-    __device__ const float* scales(long long head, long long H, long long i0) const
+    __device__ const float* scales(long long head, long long i0) const
     {
         return scale + head / H * scale_b + head % H * scale_h + i0 * scale_l;
     }
@@ -135,9 +170,6 @@ struct Attention {
         for (int r = 0; r < kRows; ++r) to[r] = i0 + r < L ? scales[t * scale_t + r * scale_l] : 0.0f;
     }
 };
-
-// What a call with a number that is no spike gives instead of counts of bits: to look would make the host wait.
-__device__ inline float not_a_number() { return __uint_as_float(0x7FC00000u); }
 
 // Hands every lane all words of the tile's queries.
 __device__ inline void spread(unsigned mine, unsigned* words)
@@ -155,16 +187,23 @@ __device__ inline int coincidences(const unsigned* words, int r, const unsigned*
     return count;
 }
 
+// Puts row r, not known when compiled, in its place: an index would take registers to memory.
+__device__ inline void put_row(int r, const float* row, float* tile)
+{
+#pragma unroll
+    for (int n = 0; n < kRows * kWords; ++n)
+        if (n / kWords == r) tile[n] = row[n % kWords];
+}
+
 // Writes a tile; `to` is where the lane's first channel of its first query is, out of [T, B, L, H, E].
-template <class X>
-__device__ inline void store_tile(const Attention& x, storage* to, long long H, long long i0, const X* tile)
+__device__ inline void store_tile(const Attention& x, storage* to, long long i0, const float* tile)
 {
 #pragma unroll
     for (int r = 0; r < kRows; ++r)
 #pragma unroll
         for (int w = 0; w < kWords; ++w)
             if (i0 + r < x.L && 32 * w + lane() < x.E)
-                from_float(to[r * H * x.E + 32 * w], *x.odd ? not_a_number() : (float)tile[r * kWords + w]);
+                from_float(to[r * x.H * x.E + 32 * w], tile[r * kWords + w]);
 }
 
 #endif
@@ -240,6 +279,29 @@ __device__ inline void state_first(const Attention& x, long long step, long long
     }
 }
 
+// (Q K^T) V of numbers: rare and slow, so that the host need not wait to learn which way to go. A query after another, as
+// unrolled loops would take registers from the spikes.
+__device__ inline void sum_numbers(const Attention& x, long long t, long long head, long long i0, float* sums)
+{
+#pragma unroll 1
+    for (int r = 0; r < kRows; ++r) {
+        const long long end = kCausal ? i0 + r + 1 : x.S;
+        float row[kWords];
+#pragma unroll
+        for (int w = 0; w < kWords; ++w) row[w] = 0.0f;
+#pragma unroll 1
+        for (long long j0 = 0; j0 < end; j0 += 32) {
+            const float product = j0 + lane() < end ? x.dot(t, head, i0 + r, j0 + lane()) : 0.0f;
+#pragma unroll 1
+            for (int j = 0; j < 32; ++j) {
+                const float shared = __uint_as_float(__shfl_sync(kAllLanes, __float_as_uint(product), j));
+                x.add_values(t, head, j0 + j, shared, row);
+            }
+        }
+        put_row(r, row, sums);
+    }
+}
+
 // Y[t] = scale (Q K^T) V of the tile; `mine` of load_queries at t.
 __device__ inline void attend(
     const Attention& x, long long t, long long head, long long i0, unsigned mine, const float* scale, float* counts,
@@ -249,8 +311,12 @@ __device__ inline void attend(
     spread(mine, words);
 #pragma unroll
     for (int n = 0; n < kRows * kWords; ++n) sums[n] = 0.0f;
-    if (!kStateFirst || kCausal) map_first(x, t * x.heads + head, i0, words, counts, sums);
-    if (kStateFirst) state_first(x, t * x.heads + head, i0, words, sums);  // takes the bits from words
+    if (*x.odd) {
+        sum_numbers(x, t, head, i0, sums);
+    } else {
+        if (!kStateFirst || kCausal) map_first(x, t * x.heads + head, i0, words, counts, sums);
+        if (kStateFirst) state_first(x, t * x.heads + head, i0, words, sums);  // takes the bits from words
+    }
 #pragma unroll
     for (int n = 0; n < kRows * kWords; ++n) sums[n] = __fmul_rn(sums[n], scale[n / kWords]);
 }
@@ -262,17 +328,24 @@ __device__ inline void attend(
 SPK_ENTRY(spk_attention_forward)(
     const unsigned* SPK_RESTRICT q, const unsigned* SPK_RESTRICT k, const unsigned* SPK_RESTRICT v,
     const float* SPK_RESTRICT states, const float* SPK_RESTRICT scale, const int* SPK_RESTRICT odd,
+    const storage* SPK_RESTRICT source_q, const storage* SPK_RESTRICT source_k,
+    const storage* SPK_RESTRICT source_v, const bool* SPK_RESTRICT query_mask, const bool* SPK_RESTRICT key_mask,
     storage* SPK_RESTRICT out, long long T, long long heads, long long H, long long L, long long S, long long E,
-    long long scale_t, long long scale_b, long long scale_h, long long scale_l, float leak, float v_threshold,
-    float v_reset)
+    long long scale_t, long long scale_b, long long scale_h, long long scale_l, long long q_t, long long q_b,
+    long long q_h, long long q_l, long long k_t, long long k_b, long long k_h, long long k_l, long long v_t,
+    long long v_b, long long v_h, long long v_l, float leak, float v_threshold, float v_reset)
 {
-    const Attention x = {q, k, v, states, scale, odd, heads, L, S, E, scale_t, scale_b, scale_h, scale_l};
+    const Source from_q = {source_q, query_mask, L, q_t, q_b, q_h, q_l};
+    const Source from_k = {source_k, key_mask, S, k_t, k_b, k_h, k_l};
+    const Source from_v = {source_v, key_mask, S, v_t, v_b, v_h, v_l};
+    const Attention x = {q, k, v, states, scale, odd, from_q, from_k, from_v, heads, H, L, S, E,
+                         scale_t, scale_b, scale_h, scale_l};
     const Neuron neuron = {leak, v_threshold, v_reset, 0.0f, 0.0f};
     SPK_DYNAMIC_SMEM(float, smem);
     float* counts = smem + threadIdx.x / 32 * 32 * kRows;
     for (long long task = first_warp(); task < heads * x.tiles(); task += warp_stride()) {
         const long long head = task / x.tiles(), i0 = task % x.tiles() * kRows;
-        const float* scales = x.scales(head, H, i0);
+        const float* scales = x.scales(head, i0);
         storage* to = out + ((head / H * L + i0) * H + head % H) * E + lane();
         float membrane[kRows * kWords], y[kRows * kWords], factor[kRows];
 #pragma unroll
@@ -291,7 +364,7 @@ SPK_ENTRY(spk_attention_forward)(
                     membrane[n] = neuron.reset(h);
                 }
             }
-            store_tile(x, to + t * heads * L * E, H, i0, y);
+            store_tile(x, to + t * heads * L * E, i0, y);
         }
     }
 }
@@ -303,18 +376,26 @@ SPK_ENTRY(spk_attention_forward)(
 // cells of G, so any T fits. Moves 12 bytes and an element of storage a neuron-step. Shared memory as the forward.
 SPK_ENTRY(spk_attention_backward)(
     const storage* SPK_RESTRICT grad_spikes, const unsigned* SPK_RESTRICT q, const unsigned* SPK_RESTRICT k,
-    const unsigned* SPK_RESTRICT v, const float* SPK_RESTRICT states, const float* SPK_RESTRICT scale, const int* SPK_RESTRICT odd,
-    float* grad, long long T, long long heads, long long H, long long L, long long S, long long E, long long scale_t,
-    long long scale_b, long long scale_h, long long scale_l, long long grad_t, long long grad_b, long long grad_h,
+    const unsigned* SPK_RESTRICT v, const float* SPK_RESTRICT states, const float* SPK_RESTRICT scale,
+    const int* SPK_RESTRICT odd, const storage* SPK_RESTRICT source_q, const storage* SPK_RESTRICT source_k,
+    const storage* SPK_RESTRICT source_v, const bool* SPK_RESTRICT query_mask, const bool* SPK_RESTRICT key_mask,
+    float* grad, long long T, long long heads, long long H, long long L, long long S, long long E,
+    long long scale_t, long long scale_b, long long scale_h, long long scale_l, long long q_t, long long q_b,
+    long long q_h, long long q_l, long long k_t, long long k_b, long long k_h, long long k_l, long long v_t,
+    long long v_b, long long v_h, long long v_l, long long grad_t, long long grad_b, long long grad_h,
     long long grad_l, float leak, float v_threshold, float v_reset, float a, float b)
 {
-    const Attention x = {q, k, v, states, scale, odd, heads, L, S, E, scale_t, scale_b, scale_h, scale_l};
+    const Source from_q = {source_q, query_mask, L, q_t, q_b, q_h, q_l};
+    const Source from_k = {source_k, key_mask, S, k_t, k_b, k_h, k_l};
+    const Source from_v = {source_v, key_mask, S, v_t, v_b, v_h, v_l};
+    const Attention x = {q, k, v, states, scale, odd, from_q, from_k, from_v, heads, H, L, S, E,
+                         scale_t, scale_b, scale_h, scale_l};
     const Neuron neuron = {leak, v_threshold, v_reset, a, b};
     SPK_DYNAMIC_SMEM(float, smem);
     float* counts = smem + threadIdx.x / 32 * 32 * kRows;
     for (long long task = first_warp(); task < heads * x.tiles(); task += warp_stride()) {
         const long long head = task / x.tiles(), i0 = task % x.tiles() * kRows;
-        const float* scales = x.scales(head, H, i0);
+        const float* scales = x.scales(head, i0);
         float state[kRows * kWords], y[kRows * kWords], grad_s[kRows * kWords], factor[kRows];
 #pragma unroll
         for (int n = 0; n < kRows * kWords; ++n) state[n] = v_reset;
@@ -349,7 +430,7 @@ SPK_ENTRY(spk_attention_backward)(
             for (int n = 0; n < kRows * kWords; ++n) {
                 const long long i = i0 + n / kWords, f = n % kWords * 32 + lane();
                 const float g = neuron.step_back(neuron.grad_h(grad_s[n], state[n], y[n]), state[n]);
-                if (i < L && f < E) to[i * E + f] = *odd ? not_a_number() : __fmul_rn(g, factor[n / kWords]);
+                if (i < L && f < E) to[i * E + f] = __fmul_rn(g, factor[n / kWords]);
             }
         }
     }
@@ -358,19 +439,46 @@ SPK_ENTRY(spk_attention_backward)(
 #endif
 #ifdef SPK_MAP
 
+// Adds the values, as numbers, of the keys of group g that spiked in the words `spikes`.
+__device__ inline void add_spiked_values(
+    const Attention& x, long long t, long long head, int g, const unsigned* spikes, float* sums)
+{
+#pragma unroll 1
+    for (int r = 0; r < kRows; ++r) {
+        float row[kWords];
+        unsigned left = 0;
+#pragma unroll
+        for (int n = 0; n < kRows * kWords; ++n)
+            if (n / kWords == r) {
+                row[n % kWords] = sums[n];
+                left = spikes[n / kWords];
+            }
+        for (; left; left &= left - 1) x.add_values(t, head, 32 * g + __ffs(left) - 1, 1.0f, row);
+        put_row(r, row, sums);
+    }
+}
+
 // LIF(scale Q K^T) V: the membranes of kRows queries with all S <= 32 kGroups keys stay in registers; the spikes of 32
 // keys are a word, which meets the columns of V.
 SPK_ENTRY(spk_attention_map)(
     const unsigned* SPK_RESTRICT q, const unsigned* SPK_RESTRICT k, const unsigned* SPK_RESTRICT v,
-    const float* SPK_RESTRICT scale, const int* SPK_RESTRICT odd, storage* SPK_RESTRICT out, long long T,
-    long long heads, long long H, long long L, long long S, long long E, long long scale_t, long long scale_b,
-    long long scale_h, long long scale_l, float leak, float v_threshold, float v_reset)
+    const float* SPK_RESTRICT scale, const int* SPK_RESTRICT odd, const storage* SPK_RESTRICT source_q,
+    const storage* SPK_RESTRICT source_k, const storage* SPK_RESTRICT source_v, const bool* SPK_RESTRICT query_mask,
+    const bool* SPK_RESTRICT key_mask, storage* SPK_RESTRICT out, long long T, long long heads, long long H,
+    long long L, long long S, long long E, long long scale_t, long long scale_b, long long scale_h,
+    long long scale_l, long long q_t, long long q_b, long long q_h, long long q_l, long long k_t, long long k_b,
+    long long k_h, long long k_l, long long v_t, long long v_b, long long v_h, long long v_l, float leak,
+    float v_threshold, float v_reset)
 {
-    const Attention x = {q, k, v, nullptr, scale, odd, heads, L, S, E, scale_t, scale_b, scale_h, scale_l};
+    const Source from_q = {source_q, query_mask, L, q_t, q_b, q_h, q_l};
+    const Source from_k = {source_k, key_mask, S, k_t, k_b, k_h, k_l};
+    const Source from_v = {source_v, key_mask, S, v_t, v_b, v_h, v_l};
+    const Attention x = {q, k, v, nullptr, scale, odd, from_q, from_k, from_v, heads, H, L, S, E,
+                         scale_t, scale_b, scale_h, scale_l};
     const Neuron neuron = {leak, v_threshold, v_reset, 0.0f, 0.0f};
     for (long long task = first_warp(); task < heads * x.tiles(); task += warp_stride()) {
         const long long head = task / x.tiles(), i0 = task % x.tiles() * kRows;
-        const float* scales = x.scales(head, H, i0);
+        const float* scales = x.scales(head, i0);
         storage* to = out + ((head / H * L + i0) * H + head % H) * E + lane();
         const long long end = kCausal && i0 + kRows < S ? i0 + kRows : S;  // what is not seen has no current
         float membrane[kRows * kGroups], factor[kRows];
@@ -379,11 +487,11 @@ SPK_ENTRY(spk_attention_map)(
         for (long long t = 0; t < T; ++t) {
             const long long step = t * heads + head;
             unsigned words[kRows * kWords];
-            int sums[kRows * kWords];
+            float sums[kRows * kWords];
             spread(x.load_queries(t, head, i0), words);
             x.load_scale(scales, t, i0, factor);
 #pragma unroll
-            for (int n = 0; n < kRows * kWords; ++n) sums[n] = 0;
+            for (int n = 0; n < kRows * kWords; ++n) sums[n] = 0.0f;
 #pragma unroll
             for (int g = 0; g < kGroups; ++g) {
                 const long long j = 32 * g + lane();
@@ -394,18 +502,35 @@ SPK_ENTRY(spk_attention_map)(
                     key[w] = j < S ? k[(step * S + j) * kWords + w] : 0;
                     value[w] = v[((step * ((S + 31) / 32) + g) * kWords + w) * 32 + lane()];
                 }
+                float product[kRows];
+                unsigned spikes[kRows];
+#pragma unroll
+                for (int r = 0; r < kRows; ++r) product[r] = (float)coincidences(words, r, key);
+                if (*odd) {
+#pragma unroll 1
+                    for (int r = 0; r < kRows; ++r) {
+                        const float number = x.dot(t, head, i0 + r, j);
+#pragma unroll
+                        for (int n = 0; n < kRows; ++n) product[n] = n == r ? number : product[n];
+                    }
+                }
 #pragma unroll
                 for (int r = 0; r < kRows; ++r) {
-                    const int count = kCausal && j > i0 + r ? 0 : coincidences(words, r, key);
+                    if (kCausal && j > i0 + r) product[r] = 0.0f;
                     float& potential = membrane[r * kGroups + g];
-                    const float h = neuron.charge(__fmul_rn((float)count, factor[r]), potential);
-                    const unsigned spikes = __ballot_sync(kAllLanes, neuron.fires(h));
+                    const float h = neuron.charge(__fmul_rn(product[r], factor[r]), potential);
+                    spikes[r] = __ballot_sync(kAllLanes, neuron.fires(h));
                     potential = neuron.reset(h);
-#pragma unroll
-                    for (int w = 0; w < kWords; ++w) sums[r * kWords + w] += __popc(spikes & value[w]);
                 }
+                if (*odd) {
+                    add_spiked_values(x, t, head, g, spikes, sums);
+                    continue;
+                }
+#pragma unroll
+                for (int n = 0; n < kRows * kWords; ++n)
+                    sums[n] = __fadd_rn(sums[n], (float)__popc(spikes[n / kWords] & value[n % kWords]));
             }
-            store_tile(x, to + t * heads * L * E, H, i0, sums);
+            store_tile(x, to + t * heads * L * E, i0, sums);
         }
     }
 }
