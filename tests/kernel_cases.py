@@ -1,5 +1,6 @@
 """Compare the CUDA calls with the definitions: the same comparisons on the emulator and on a device."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -10,6 +11,8 @@ from spikeattn.ops.lif.cuda import lif_backward_cuda, lif_forward_cuda
 from spikeattn.ops.lif.reference import lif_backward_reference, lif_reference
 from spikeattn.ops.norm_lif.cuda import norm_lif_backward_cuda, norm_lif_forward_cuda
 from spikeattn.ops.norm_lif.reference import norm_lif_backward_reference, norm_lif_reference
+from spikeattn.ops.spiking_attention.cuda import attention_backward_cuda, attention_forward_cuda
+from spikeattn.ops.spiking_attention.reference import masked, product, spiking_attention_reference
 from spikeattn.ops.surrogate import ATan, Surrogate
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -106,9 +109,89 @@ def check_norm_lif(
         assert_equal(result[3:], definition[3:])
 
 
-def move(tensors: list[Tensor | None], device: str) -> list[Tensor | None]:
+class Attention(NamedTuple):
+    """Spikes with strides as the module has them, masks, and scales at which some neurons fire."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    scale: Tensor
+    query_padding_mask: Tensor | None
+    key_padding_mask: Tensor | None
+
+
+def attention_inputs(
+    T: int, B: int, H: int, L: int, S: int, E: int, *, rate: float, dtype: torch.dtype, fire: str | None, masked: bool
+) -> Attention:
+    """Inputs of `check_attention`; the last dialogue's keys are padding alone."""
+    q, k, v = ((torch.rand(T, B, n, H, E) < rate).to(dtype).transpose(2, 3) for n in (L, S, S))
+    masks = (
+        (torch.rand(B, L) < 0.3, torch.arange(S) >= torch.tensor([[S]] * (B - 1) + [[0]])) if masked else (None, None)
+    )
+    mean = E * rate**2 * (1 if fire == "map" else S * rate)  # of a sum of spikes
+    scale = 2.0 ** (torch.randint(0, 4, (B, 1, L, 1)) + round(-math.log2(mean + 0.1)))
+    return Attention(q, k, v, scale[None], *masks)
+
+
+def check_attention(
+    T: int,
+    B: int,
+    H: int,
+    L: int,
+    S: int,
+    E: int,
+    *,
+    fire: str | None = "output",
+    order: str = "map_first",
+    causal: bool = False,
+    masked: bool = False,
+    odd: int | None = None,
+    rate: float = 0.3,
+    neuron: Neuron = Neuron(),
+    surrogate: Surrogate = ATan(),
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    exact: bool = True,
+) -> None:
+    """Results bit for bit, and, where the output fires, the gradient of the currents; bit for bit too if ``exact``."""
+    inputs = attention_inputs(T, B, H, L, S, E, rate=rate, dtype=dtype, fire=fire, masked=masked)
+    if odd is not None:  # q, k or v holds numbers that are no spikes
+        inputs[odd].mul_(torch.randint(-2, 5, inputs[odd].shape) / 2)
+    settings = (neuron.tau, 1.0, neuron.v_reset)
+    wanted = spiking_attention_reference(*inputs, fire, order, causal, *settings, neuron.detach_reset, surrogate)
+    on_device = move(list(inputs), device)
+    got = attention_forward_cuda(*on_device, fire, order, causal, *settings)
+    assert_equal([got.transpose(2, 3)], [wanted.transpose(2, 3).contiguous()])
+    if fire == "output":
+        grad = torch.randn(T, B, L, H, E).to(dtype).transpose(2, 3)
+        _check_attention_backward(grad, inputs, on_device, order, causal, settings, neuron, surrogate, exact)
+
+
+def _check_attention_backward(grad, inputs, on_device, order, causal, settings, neuron, surrogate, exact) -> None:
+    """``scale dL/dY`` of ``inputs`` and of the same tensors ``on_device``."""
+    q, k, v, scale, *masks = inputs
+    current = product(*(masked(x, mask) for x, mask in zip((q, k, v), (*masks, masks[1]), strict=True)), order, causal)
+    definition, truth = (
+        lif_backward_reference(
+            grad.to(dtype), torch.zeros(q.shape[1:], dtype=dtype), None, (current * scale).to(dtype),
+            torch.full(q.shape[1:], neuron.v_reset or 0.0, dtype=dtype), None,
+            q.shape[0], neuron.tau, True, 1.0, neuron.v_reset, neuron.detach_reset, surrogate,
+        )[0] * scale
+        for dtype in (torch.float32, torch.float64)
+    )  # fmt: skip
+    alpha = (surrogate.name, surrogate.alpha)
+    result = attention_backward_cuda(
+        *move([grad], on_device[0].device), *on_device, order, causal, *settings, neuron.detach_reset, *alpha
+    )
+    if exact:
+        assert_equal([result], [definition])
+    else:
+        assert_near([result], [definition], [truth])
+
+
+def move(tensors: list[Tensor | None], device: str | torch.device) -> list[Tensor | None]:
     """The tensors on a device; an expanded one stays expanded."""
-    return [t if t is None or device == "cpu" else t.to(device) for t in tensors]
+    return [t if t is None or str(device) == "cpu" else t.to(device) for t in tensors]
 
 
 def assert_equal(got, wanted) -> None:

@@ -26,7 +26,7 @@ def test_wheel_runs_one_attention_layer_in_an_empty_environment(tmp_path):
     assert {"spikeattn/py.typed", "spikeattn/ops/lif/README.md", "spikemo_model/py.typed"} <= names
     assert "spikemo_model/templates/report.html" in names
     assert {"spikeattn/_cuda/spikeattn.cuh", "spikeattn/ops/lif/kernels.cu"} <= names
-    assert "spikeattn/ops/norm_lif/kernels.cu" in names
+    assert {"spikeattn/ops/norm_lif/kernels.cu", "spikeattn/ops/spiking_attention/kernels.cu"} <= names
     assert not {name for name in names if name.startswith(("tests/", "examples/"))}
 
     environment = tmp_path / "environment"

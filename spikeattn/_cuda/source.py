@@ -17,7 +17,7 @@ class Program(NamedTuple):
     """
 
     op: str  # folder below spikeattn/ops
-    direction: str  # "forward" or "backward"
+    direction: str  # "forward" or "backward", or another part of an op that is compiled alone
     storage: str  # "f32", "f16" or "bf16"
     constants: tuple[tuple[str, int], ...]
     derivative: str | None = None  # of a custom surrogate: a C expression of `float x`

@@ -1,6 +1,6 @@
 // Device code that every kernel shares. The assembled source (source.py) defines before it:
 //   SPK_STORAGE            f32, f16 or bf16: what lies in memory; arithmetic is always float
-//   SPK_FORWARD or SPK_BACKWARD   which entry points are wanted; compiling those of the other direction takes time
+//   SPK_FORWARD, SPK_BACKWARD, ...   which entry points are wanted; compiling those of the other direction takes time
 //   SPK_CUSTOM_DERIVATIVE  a surrogate derivative as an expression of `float x`
 //   constexpr int k...     what is known when the kernel is compiled; a branch on one costs nothing at run time
 // The emulator of tests/hostsim sets the same names as variables, so nothing here may use one as a template argument.

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from cases import DYNAMICS, RATIONAL, SURROGATES, currents, ids
-from kernel_cases import DTYPES, STEPS, WIDTHS, Neuron, assert_equal, check_lif, check_norm_lif
+from kernel_cases import DTYPES, STEPS, WIDTHS, Neuron, assert_equal, check_attention, check_lif, check_norm_lif
 
-from spikeattn import ATan, backend_status, lif
+from spikeattn import ATan, backend_status, lif, spiking_attention
 from spikeattn._cuda.launch import launches
 from spikeattn.ops.lif.cuda import lif_backward_cuda, lif_forward_cuda
 
@@ -56,6 +56,54 @@ def test_every_surrogate_is_as_near_to_float64_as_the_definition(surrogate):
 @pytest.mark.parametrize("size", [(1, 1, 1), (32, 528, 256), (7, 40, 33), (26, 9, 513), (5, 3, 4096)], ids=ids)
 def test_every_row_has_the_bits_of_the_definition(size, dtype):
     check_norm_lif(*size, dtype=dtype, device="cuda")
+
+
+ATTENTION_SIZES = [(1, 1, 1, 1, 1, 1), (32, 8, 8, 110, 110, 32), (7, 3, 2, 23, 33, 65), (4, 2, 1, 200, 500, 128)]
+WAYS = [("output", "map_first"), (None, "map_first"), ("output", "state_first"), (None, "state_first"), ("map", "auto")]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("way", WAYS, ids=ids)
+@pytest.mark.parametrize("size", ATTENTION_SIZES, ids=ids)
+def test_every_attention_has_the_bits_of_the_definition(size, way, dtype):
+    fire, order = way
+    check_attention(*size, fire=fire, order=order, masked=True, dtype=dtype, device="cuda")
+    if size[3] == size[4]:
+        check_attention(*size, fire=fire, order=order, causal=True, dtype=dtype, device="cuda")
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("way", WAYS, ids=ids)
+def test_numbers_that_are_no_spikes_are_multiplied(way, causal):
+    for odd in range(3):
+        check_attention(
+            3, 2, 1, 6, 6, 40, fire=way[0], order=way[1], causal=causal, masked=True, odd=odd, device="cuda"
+        )
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("fire", ["output", "map", None])
+def test_attention_has_the_gradients_of_the_definition(fire, causal):
+    qkv = [(torch.rand(8, 2, 4, 40, 32) < 0.3).float() for _ in range(3)]
+    weight, results = torch.randn(8, 2, 4, 40, 32), {}
+    for backend, device in (("torch", "cpu"), ("cupy", "cuda"), ("auto", "cuda")):
+        own = [x.to(device).requires_grad_() for x in qkv]
+        out = spiking_attention(*own, fire=fire, is_causal=causal, backend=backend)
+        grads = torch.autograd.grad((out * weight.to(device)).sum(), own)
+        results[backend] = (out.detach().cpu(), [grad.cpu() for grad in grads])
+    for backend in ("cupy", "auto"):
+        assert torch.equal(results[backend][0], results["torch"][0])
+        for got, wanted in zip(results[backend][1], results["torch"][1], strict=True):
+            torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_attention_passes_opcheck_and_compiles_to_one_graph():
+    q, k, v = ((torch.rand(4, 2, 2, 9, 16, device="cuda") < 0.4).float().requires_grad_() for _ in range(3))
+    inputs = (q, k, v, torch.full((1, 1, 1, 1, 1), 0.125, device="cuda"), None, None)
+    settings = ("output", "auto", False, 2.0, 0.5, 0.0, True, "atan", 2.0, "cupy")
+    torch.library.opcheck(torch.ops.spikeattn.spiking_attention_forward.default, (*inputs, *settings))
+    compiled = torch.compile(lambda q, k, v: spiking_attention(q, k, v, tau=3.0), fullgraph=True)
+    assert torch.equal(compiled(q, k, v), spiking_attention(q, k, v, tau=3.0))
 
 
 def test_packed_spikes_hold_one_bit_a_neuron():
@@ -174,10 +222,13 @@ def test_kernels_are_clean_under_compute_sanitizer(tool):
     if shutil.which("compute-sanitizer") is None:
         pytest.skip("compute-sanitizer is not on PATH")
     code = (
-        "from kernel_cases import check_lif, check_norm_lif\n"
+        "from kernel_cases import check_attention, check_lif, check_norm_lif\n"
         "for T in (1, 7, 33, 161):\n"
         "    check_lif(T, 264, tensor_tau=True, device='cuda')\n"
         "    check_norm_lif(T, 3, 33, device='cuda'); check_norm_lif(T, 2, 520, device='cuda')\n"
+        "for order in ('map_first', 'state_first'):\n"
+        "    check_attention(5, 2, 2, 9, 40, 33, order=order, masked=True, device='cuda')\n"
+        "check_attention(5, 2, 2, 9, 40, 33, fire='map', device='cuda')\n"
     )
     command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", code]
     run = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent)

@@ -6,7 +6,7 @@ import pytest
 from emulator import Emulator
 from tiers import skip_without
 
-CALLERS = ("spikeattn.ops.lif.cuda.launch", "spikeattn.ops.norm_lif.cuda.launch")
+CALLERS = tuple(f"spikeattn.ops.{op}.cuda.launch" for op in ("lif", "norm_lif", "spiking_attention"))
 
 
 @pytest.fixture(scope="session")

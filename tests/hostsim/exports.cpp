@@ -3,10 +3,14 @@
 
 #define SPK_FORWARD
 #define SPK_BACKWARD
+#define SPK_PACK
+#define SPK_STATES
+#define SPK_MAP
 
 #define HOSTSIM_CONSTANTS(each)                                                                               \
     each(kVector) each(kSteps) each(kPacked) each(kStatic) each(kTensorTau) each(kDecayInput) each(kHardReset) \
-        each(kDetachReset) each(kDivide) each(kSurrogate) each(kVSeq) each(kThreads) each(kElements) each(kBatch) each(kScalarV0)
+        each(kDetachReset) each(kDivide) each(kSurrogate) each(kVSeq) each(kThreads) each(kElements) each(kBatch) each(kScalarV0) \
+        each(kWords) each(kRows) each(kGroups) each(kTransposed) each(kStateFirst) each(kCausal) each(kFires)
 
 #define DECLARE(name) static int name;
 HOSTSIM_CONSTANTS(DECLARE)
@@ -26,10 +30,19 @@ namespace lif {
 namespace norm_lif {
 #include "ops/norm_lif/kernels.cu"
 }
+namespace spiking_attention {
+#include "ops/spiking_attention/kernels.cu"
+}
 using namespace lif;
 using namespace norm_lif;
+using namespace spiking_attention;
 
 HOSTSIM_EXPORT(spk_lif_forward)
 HOSTSIM_EXPORT(spk_lif_backward)
 HOSTSIM_EXPORT(spk_norm_lif_forward)
 HOSTSIM_EXPORT(spk_norm_lif_backward)
+HOSTSIM_EXPORT(spk_attention_pack)
+HOSTSIM_EXPORT(spk_attention_states)
+HOSTSIM_EXPORT(spk_attention_forward)
+HOSTSIM_EXPORT(spk_attention_backward)
+HOSTSIM_EXPORT(spk_attention_map)

@@ -32,6 +32,9 @@ struct alignas(8) uint2 {
 struct alignas(16) uint4 {
     unsigned x, y, z, w;
 };
+struct alignas(16) float4 {
+    float x, y, z, w;
+};
 static dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 namespace hostsim {
@@ -209,6 +212,16 @@ inline float __shfl_xor_sync(unsigned, float value, int lanes)
         return __uint_as_float(warp[lane ^ size_t(lanes)].offer);
     });
 }
+
+inline unsigned __shfl_sync(unsigned, unsigned value, int from)
+{
+    return hostsim::exchange(value, [=](const hostsim::Fibre* warp, size_t, size_t) { return warp[from].offer; });
+}
+
+inline void __syncwarp() { hostsim::suspend(hostsim::State::AtWarpBarrier); }
+
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline int __ffs(unsigned x) { return __builtin_ffs(int(x)); }
 
 inline unsigned __ballot_sync(unsigned, bool vote)
 {

@@ -11,6 +11,7 @@ import torch
 
 import spikeattn.ops.lif.cuda as lif
 import spikeattn.ops.norm_lif.cuda as norm_lif
+import spikeattn.ops.spiking_attention.cuda as attention
 from spikeattn._cuda.source import Program
 
 RECORDED = Path(__file__).with_name("registers.json")
@@ -28,11 +29,18 @@ def programs() -> Iterator[tuple[str, str, str, Program]]:
             yield from _lif(arch, dtype, 32, forward=False)
             yield from _norm_lif(arch, dtype, 256)
             yield from _norm_lif(arch, dtype, 4096)
+            yield from _attention(arch, dtype, 32, "output", "map_first", causal=True)
+            yield from _attention(arch, dtype, 32, "map", "auto", packing=False)
     for dtype in (torch.float32, torch.bfloat16):
         for T in (4, 16, 64, 128):
             yield from _lif("sm_90", dtype, T, forward=False)
         for D in (64, 512, 1024, 2048):
             yield from _norm_lif("sm_90", dtype, D)
+    for E in (32, 64, 128):
+        for order in ("map_first", "state_first") if E > 32 else ("state_first",):
+            yield from _attention("sm_90", torch.float32, E, "output", order, packing=E == 128 and order == "map_first")
+        yield from _attention("sm_90", torch.float32, E, "output", "state_first", causal=True, packing=False)
+    yield from _attention("sm_90", torch.float32, 128, "map", "auto", S=512, packing=False)
     for T in (8, 16, 32, 64):
         yield from _lif("sm_90", torch.float32, T, forward=False, tensor_tau=True)
 
@@ -54,6 +62,36 @@ def _norm_lif(arch: str, dtype: torch.dtype, D: int):
     forward, backward = norm_lif.norm_lif_forward_cuda, norm_lif.norm_lif_backward_cuda
     yield from _captured(norm_lif, f"D={D}", arch, forward, *inputs, 32, 1e-5, *NEURON)
     yield from _captured(norm_lif, f"D={D}", arch, backward, x, v0, *inputs, mean, mean, 32, *NEURON, *GRADIENT)
+
+
+def _attention(
+    arch: str,
+    dtype: torch.dtype,
+    E: int,
+    fire: str,
+    order: str,
+    S: int = 110,
+    causal: bool = False,
+    packing: bool = True,
+):
+    """Both directions; the programs that pack spikes are the same for many calls."""
+    q, k = _empty(32, 64, 8, 110, E, dtype=dtype), _empty(32, 64, 8, S, E, dtype=dtype)
+    what = f"E={E} S={S}" + (" causal" if causal else "") + (" state first" if order == "state_first" else "")
+    inputs = (q, k, k, _empty(1, 1, 1, 1, 1), _empty(64, 110, dtype=torch.bool), _empty(64, S, dtype=torch.bool))
+    tau, _, *potentials = NEURON
+    calls = [
+        _captured(
+            attention, what, arch, attention.attention_forward_cuda, *inputs, fire, order, causal, tau, *potentials
+        )
+    ]
+    if fire == "output":
+        backward = (attention.attention_backward_cuda, q, *inputs, order, causal, tau, *potentials, *GRADIENT)
+        calls.append(_captured(attention, what, arch, *backward))
+    for case in dict.fromkeys(case for call in calls for case in call):
+        if case[3].direction != "pack":
+            yield case
+        elif packing:
+            yield f"E={E}" + (" transposed" if ("kTransposed", 1) in case[3].constants else ""), *case[1:]
 
 
 def _captured(module, what: str, arch: str, call, *args) -> Iterator[tuple[str, str, str, Program]]:

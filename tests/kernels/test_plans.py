@@ -6,6 +6,7 @@ import torch
 from spikeattn._cuda.launch import LaunchPlan, check_limits, typed
 from spikeattn.ops.lif.cuda import SEGMENTS, plan_lif_backward, plan_lif_forward
 from spikeattn.ops.norm_lif.cuda import MAX_WIDTH, backward_tile, fits, plan_norm_lif_backward, plan_norm_lif_forward
+from spikeattn.ops.spiking_attention.cuda import plan_attention, plan_map, plan_pack, plan_states
 
 HUGE = 2**31 + 5
 
@@ -58,6 +59,35 @@ def test_plans_of_norm_lif_hold_a_row_within_the_limits(R, D):
             assert plan.block[0] % tile(plan, "kThreads") == 0
         assert tile(forward, "kThreads") in (32, 128)
         assert 1 <= backward_tile(T, D)[2] <= T
+
+
+@pytest.mark.parametrize("E", [1, 32, 33, 64, 65, 128])
+@pytest.mark.parametrize("heads", [1, 8, 512, HUGE])
+def test_plans_of_spiking_attention_reach_every_query_within_the_limits(heads, E):
+    for L in (1, 2, 7, 110, 4096):
+        forward = plan_attention("forward", heads, L, E, "bf16", False)
+        plans = [forward, plan_attention("backward", heads, L, E, "bf16", False)]
+        plans += [plan_map(heads, L, S, E, "bf16") for S in (1, 32, 33, 110, 512)]
+        for plan in plans:
+            check_limits(plan)
+            rows = tile(plan, "kRows")
+            assert plan.grid[0] * plan.block[0] // 32 >= min(heads * -(-L // rows), 2**18)
+            assert rows < 2 * L
+            assert rows * tile(plan, "kWords") <= 16
+        assert forward.shared_bytes == 4 * 128 * tile(forward, "kRows")
+        assert plan_attention("forward", heads, L, E, "bf16", True).shared_bytes == 0
+        assert plan_attention("forward", heads, L, E, "bf16", True, True).shared_bytes == forward.shared_bytes
+    check_limits(plan_pack(heads, E, "bf16", True))
+    check_limits(plan_states(heads, E, "bf16"))
+    assert 32 * tile(plan_states(heads, E, "bf16"), "kWords") >= E
+
+
+def test_tiles_of_attention_are_wide_where_that_leaves_warps_enough():
+    assert [tile(plan_attention("forward", heads, 110, 32, "f32", True), "kRows") for heads in (8, 64, 100, 512)] == [
+        1, 1, 2, 8,
+    ]  # fmt: skip
+    assert [tile(plan_map(512, 110, S, 32, "f32"), "kRows") for S in (32, 110, 256, 512)] == [4, 4, 2, 1]
+    assert [tile(plan_map(512, 110, S, 32, "f32"), "kGroups") for S in (1, 33, 110, 129, 512)] == [1, 2, 4, 8, 16]
 
 
 def test_a_plan_that_no_device_can_launch_is_refused():

@@ -179,6 +179,15 @@ def _neuron(
     return Neuron(fire, gradient)
 
 
+def _cupy_takes(k: Tensor, fire: str | None, backend: str) -> bool:
+    """Whether the CUDA kernels of this operation run it; else products do, and the neurons' kernels."""
+    if backend != "cupy":
+        return False
+    from spikeattn.ops.spiking_attention.cuda import takes
+
+    return takes(k.shape[3], k.shape[4], fire)
+
+
 @torch.library.custom_op("spikeattn::spiking_attention_forward", mutates_args=(), device_types=("cpu", "cuda"))
 def spiking_attention_forward(
     q: Tensor,
@@ -207,6 +216,11 @@ def spiking_attention_forward(
             out = cpu.spiking_attention_forward_cpu(q, k, v, scale, *masks, fire, is_causal, tau, v_threshold, v_reset)
             if out is not None:
                 return out
+    if _cupy_takes(k, fire, backend):
+        from spikeattn.ops.spiking_attention.cuda import attention_forward_cuda
+
+        inputs = (q, k, v, scale, query_padding_mask, key_padding_mask)
+        return attention_forward_cuda(*inputs, fire, order, is_causal, tau, v_threshold, v_reset)
     own = (masked(q, query_padding_mask), masked(k, key_padding_mask), masked(v, key_padding_mask))
     neuron = _neuron(q, tau, v_threshold, v_reset, detach_reset, surrogate, alpha, backend)
     with torch.autocast(q.device.type, enabled=False):
@@ -256,6 +270,14 @@ def spiking_attention_backward(
                 grad, q, k, v, scale, query_padding_mask, key_padding_mask,
                 is_causal, tau, v_threshold, v_reset, detach_reset, surrogate_of(surrogate, alpha),
             )  # fmt: skip
+    if fire == "output" and _cupy_takes(k, fire, backend):
+        from spikeattn.ops.spiking_attention.cuda import attention_backward_cuda
+
+        derivative = getattr(surrogate_of(surrogate, alpha), "cuda", None)
+        product_grad = attention_backward_cuda(
+            grad, q, k, v, scale, query_padding_mask, key_padding_mask, order, is_causal,
+            tau, v_threshold, v_reset, detach_reset, surrogate, alpha, derivative,
+        )  # fmt: skip
     with torch.autocast(q.device.type, enabled=False):
         if product_grad is not None:
             grads = product_backward(product_grad, *own, is_causal)

@@ -1,0 +1,165 @@
+"""The CUDA kernels of `spiking_attention`, run on the CPU from the same source, against the definition."""
+
+import itertools
+from collections import Counter
+
+import pytest
+import torch
+from cases import SURROGATES, ids
+from emulator import CUSTOM
+from kernel_cases import DTYPES, Neuron, attention_inputs, check_attention
+
+from spikeattn import ATan
+from spikeattn.ops.spiking_attention import cuda
+from spikeattn.ops.spiking_attention.op import spiking_attention_backward, spiking_attention_forward
+
+pytestmark = pytest.mark.kernel
+
+# (T, B, H, L, S, E): one of each, groups of 32 keys that do and do not fill, one to four words a token, tiles of
+# queries that do and do not fill.
+SIZES = [(1, 1, 1, 1, 1, 1), (3, 2, 1, 5, 33, 8), (4, 1, 2, 9, 64, 32), (2, 2, 2, 17, 7, 33), (3, 1, 1, 3, 70, 65)]
+SIZES += [(2, 1, 1, 6, 40, 128)]
+WAYS = [("output", "map_first"), (None, "map_first"), ("output", "state_first"), (None, "state_first"), ("map", "auto")]
+
+
+@pytest.fixture(autouse=True)
+def _wide_tiles(monkeypatch):
+    """Several queries a warp, although so few keep no device busy."""
+    monkeypatch.setattr(cuda, "BUSY_WARPS", 1)
+
+
+@pytest.mark.parametrize("way", WAYS, ids=ids)
+@pytest.mark.parametrize("size", SIZES, ids=ids)
+def test_every_size_has_the_bits_of_the_definition(emulated, size, way):
+    fire, order = way
+    check_attention(*size, fire=fire, order=order, masked=size[1] > 1)
+
+
+@pytest.mark.parametrize("busy", [5, 12, 2**12])
+def test_narrower_tiles_give_the_same_bits(emulated, busy, monkeypatch):
+    monkeypatch.setattr(cuda, "BUSY_WARPS", busy)
+    for fire, order in WAYS:
+        check_attention(2, 1, 2, 9, 33, 33, fire=fire, order=order)
+
+
+@pytest.mark.parametrize("way", WAYS, ids=ids)
+@pytest.mark.parametrize("size", [(2, 2, 1, 35, 9), (2, 1, 2, 70, 40), (3, 1, 1, 1, 4), (1, 1, 1, 128, 8)], ids=ids)
+def test_causal_tokens_see_what_the_definition_lets_them_see(emulated, size, way):
+    T, B, H, L, E = size
+    check_attention(T, B, H, L, L, E, fire=way[0], order=way[1], causal=True, masked=B > 1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("way", WAYS, ids=ids)
+def test_16_bit_spikes_have_the_bits_of_the_definition(emulated, way, dtype):
+    fire, order = way
+    check_attention(4, 2, 1, 5, 33, 24, fire=fire, order=order, dtype=dtype)
+
+
+@pytest.mark.parametrize("way", WAYS, ids=ids)
+def test_hundreds_of_steps_pass(emulated, way):
+    check_attention(130, 1, 1, 2, 3, 5, fire=way[0], order=way[1], rate=0.6)
+
+
+@pytest.mark.parametrize("v_reset", [0.0, 0.25, None])
+@pytest.mark.parametrize("fire", ["output", "map"])
+def test_every_neuron_has_the_bits_of_the_definition(emulated, fire, v_reset):
+    for detach_reset, tau in itertools.product((True, False), (2.0, 10.0)):
+        check_attention(6, 1, 1, 3, 5, 9, fire=fire, neuron=Neuron(v_reset, detach_reset, True, tau))
+
+
+@pytest.mark.parametrize("surrogate", SURROGATES, ids=ids)
+def test_every_surrogate_is_as_near_to_float64_as_the_definition(emulated, surrogate):
+    check_attention(5, 1, 1, 3, 5, 9, surrogate=surrogate, exact=False)
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.02, 1.0])
+def test_silence_and_saturation(emulated, rate):
+    for fire, order in WAYS:
+        check_attention(3, 1, 1, 4, 35, 33, fire=fire, order=order, rate=rate)
+
+
+def test_more_tiles_than_the_grid_has_are_reached_by_striding(emulated, monkeypatch):
+    monkeypatch.setattr(cuda, "MAX_BLOCKS", 1)
+    for fire, order in WAYS:
+        check_attention(2, 2, 2, 9, 5, 8, fire=fire, order=order, masked=True)
+
+
+@pytest.mark.parametrize("way", WAYS, ids=ids)
+def test_strides_reach_the_kernels_by_value(emulated, way):
+    """Slices of larger tensors and any order of axes, the channels of one in the middle of its memory."""
+    fire, order = way
+    inputs = attention_inputs(3, 2, 2, 5, 5, 8, rate=0.5, dtype=torch.float32, fire=fire, masked=True)
+    wanted = cuda.attention_forward_cuda(*inputs, fire, order, False, 2.0, 1.0, 0.0)
+    q, k, v, scale, query_mask, key_mask = inputs
+    q = torch.cat([q, 1 - q], 3).permute(3, 0, 2, 1, 4).contiguous().permute(1, 3, 2, 0, 4)[..., :5, :]
+    k = torch.cat([1 - k, k], -1)[..., 8:]
+    v = v.permute(4, 3, 2, 1, 0).contiguous().permute(4, 3, 2, 1, 0)
+    scale = scale.expand(3, 2, 2, 5, 1)
+    query_mask = torch.stack([query_mask, ~query_mask], -1)[..., 0]
+    got = cuda.attention_forward_cuda(q, k, v, scale, query_mask, key_mask, fire, order, False, 2.0, 1.0, 0.0)
+    assert torch.equal(got, wanted)
+    assert got.any()
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("way", WAYS, ids=ids)
+def test_numbers_that_are_no_spikes_are_multiplied(emulated, way, causal):
+    """Multiples of 1/2, whose sums are exact, so that bits can be compared."""
+    for odd in range(3):
+        check_attention(3, 2, 1, 6, 6, 40, fire=way[0], order=way[1], causal=causal, masked=True, odd=odd)
+
+
+@pytest.mark.parametrize("way", WAYS, ids=ids)
+def test_padding_may_hold_any_number(emulated, way):
+    inputs = attention_inputs(2, 1, 1, 5, 5, 8, rate=0.5, dtype=torch.float32, fire=way[0], masked=False)
+    for x in inputs[:3]:
+        x[:, :, :, 3] = float("nan")
+    mask = torch.arange(5).unsqueeze(0) == 3
+    assert cuda.attention_forward_cuda(*inputs[:4], mask, mask, *way, False, 2.0, 1.0, 0.0).isfinite().all()
+
+
+def test_a_scale_may_depend_on_the_step(emulated):
+    q, k, v, scale, *masks = attention_inputs(4, 1, 2, 3, 5, 8, rate=0.5, dtype=torch.float32, fire=None, masked=False)
+    scale = 2.0 ** torch.arange(4).view(4, 1, 1, 1, 1) * scale
+    out = cuda.attention_forward_cuda(q, k, v, scale, *masks, None, "map_first", False, 2.0, 1.0, 0.0)
+    assert torch.equal(out, (q @ k.mT @ v) * scale)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("fire", ["output", "map", None])
+def test_the_registered_operations_take_the_kernels_and_give_the_gradients(emulated, fire, causal, monkeypatch):
+    launched = Counter()
+
+    def launch(plan, program, args, device):
+        launched[plan.kernel] += 1
+        emulated.launch(plan, program, args, device)
+
+    monkeypatch.setattr(cuda, "launch", launch)
+    size = (4, 2, 2, 6, 6, 16)
+    inputs = attention_inputs(*size, rate=0.4, dtype=torch.float32, fire=fire, masked=True)
+    grad, results = torch.randn(4, 2, 2, 6, 16), {}
+    for backend in ("torch", "cupy"):
+        settings = (fire, "map_first", causal, 2.0, 1.0, 0.0, True, "atan", 2.0, backend)
+        out = spiking_attention_forward(*inputs, *settings)
+        results[backend] = (out, *spiking_attention_backward(grad, *inputs, *settings))
+    for wanted, got in zip(results["torch"], results["cupy"], strict=True):
+        assert got.stride() == wanted.stride()
+        assert torch.equal(got, wanted)
+    kernels = {"map": {"map"}, None: {"forward"}, "output": {"forward", "backward"}}[fire]
+    assert set(launched) == {f"spk_attention_{name}_f32" for name in kernels | {"pack"}}
+
+
+def test_a_surrogate_of_ones_own_reaches_the_backward(emulated):
+    inputs = attention_inputs(4, 1, 1, 3, 5, 8, rate=0.5, dtype=torch.float32, fire="output", masked=False)
+    settings = (torch.randn(4, 1, 1, 3, 8), *inputs, "auto", False, 2.0, 1.0, 0.0, True)
+    own = cuda.attention_backward_cuda(*settings, "custom_0", 1.0, CUSTOM)
+    assert torch.equal(own, cuda.attention_backward_cuda(*settings, "atan", ATan(2.0).alpha))
+
+
+def test_what_the_kernels_leave_to_products():
+    assert cuda.takes(10**6, 128, "output")
+    assert cuda.takes(10**6, 128, None)
+    assert not cuda.takes(1, 129, "output")
+    assert cuda.takes(512, 128, "map")
+    assert not cuda.takes(513, 8, "map")
