@@ -18,6 +18,7 @@ from spikeattn.nn import (
     SpikingSelfAttention,
     SpikingTransformer,
     SpikingTransformerBlock,
+    StreamState,
     attention_maps,
     firing_rates,
 )
@@ -67,6 +68,7 @@ __all__ = [
     "SpikingSelfAttention",
     "SpikingTransformer",
     "SpikingTransformerBlock",
+    "StreamState",
     "SuperSpike",
     "Surrogate",
     "attention_maps",

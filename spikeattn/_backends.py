@@ -1,6 +1,7 @@
 """Which backends exist, whether each is usable here, and if not why."""
 
 import logging
+import os
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
@@ -58,6 +59,8 @@ def backend_status(device: torch.device | str) -> list[BackendStatus]:
         fused.append(BackendStatus("numba", not broken, broken or "fused CPU kernels"))
     return [*fused, BackendStatus("torch", True, "plain PyTorch, any device")]
 
+
+IMPORTED_BY = os.getpid()  # a process that was forked from it must not use PyTorch's OpenMP threads
 
 _said: set[str] = set()
 

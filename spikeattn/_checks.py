@@ -37,14 +37,16 @@ def check_initial_potential(op: str, v0: Tensor, x: Tensor) -> None:
 
 
 def check_tau(op: str, tau: float, name: str = "tau") -> None:
-    """A membrane time constant is larger than one time step; infinity means no leak."""
+    """A membrane time constant is a number larger than one time step; infinity means no leak."""
+    if isinstance(tau, Tensor):
+        raise TypeError(f"{op}: {name} must be a number, got a tensor; only lif and ParametricLIF learn it.")
     if not tau > 1.0:
         raise ValueError(f"{op}: {name} must be > 1 time step, got {tau}.")
 
 
 def check_finite(op: str, name: str, value: float) -> None:
     """``value`` is neither NaN nor infinite."""
-    if not math.isfinite(value):
+    if not -math.inf < value < math.inf:  # isfinite does not trace
         raise ValueError(f"{op}: {name} must be finite, got {value}.")
 
 
@@ -58,7 +60,7 @@ def check_eps(op: str, eps: float) -> None:
 def check_potentials(op: str, v_threshold: float, v_reset: float | None) -> None:
     """The threshold is finite and lies above the reset, so that a neuron at rest is silent."""
     rest = 0.0 if v_reset is None else v_reset
-    if not (math.isfinite(v_threshold) and math.isfinite(rest)):
+    if not (-math.inf < v_threshold < math.inf and -math.inf < rest < math.inf):
         raise ValueError(f"{op}: v_threshold and v_reset must be finite, got {v_threshold} and {v_reset}.")
     if v_threshold <= rest:
         raise ValueError(f"{op}: v_threshold must be above v_reset, got {v_threshold} and {rest}.")
@@ -115,14 +117,6 @@ def check_padding_mask(op: str, mask: Tensor | None, B: int, L: int, name: str =
         raise ValueError(f"{op}: {name} must be [B, L] = {(B, L)}, got {tuple(mask.shape)}.")
 
 
-def check_exact_products(op: str, L: int, E: int) -> None:
-    """Every partial sum of 0/1 products is an integer that float32 holds exactly."""
-    if L * E > 2**24:
-        raise ValueError(
-            f"{op}: L * E must be at most 2**24 for exact sums of spikes in float32, got {L} * {E} = {L * E}."
-        )
-
-
 def check_norm(op: str, x: Tensor, weight: Tensor, bias: Tensor, padding_mask: Tensor | None) -> None:
     """``x`` is [T, *N, D] with ``weight`` and ``bias`` [D] and a boolean ``padding_mask`` [*N]."""
     if x.ndim < 2 or x.shape[-1] == 0:
@@ -156,8 +150,8 @@ def check_attention(
     """``q`` [T, B, H, L, E], ``k`` and ``v`` [T, B, H, S, E], masks [B, L] and [B, S]."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         check_floating(op, name, x)
-        if x.ndim != 5 or 0 in x.shape:
-            raise ValueError(f"{op}: {name} must be [T, B, H, L, E], none of them 0, got shape {tuple(x.shape)}.")
+        if x.ndim != 5 or x.shape[0] == 0 or x.shape[4] == 0:
+            raise ValueError(f"{op}: {name} must be [T, B, H, L, E] with T, E >= 1, got shape {tuple(x.shape)}.")
         if x.dtype != q.dtype or x.device != q.device:
             raise TypeError(f"{op}: {name} must be {q.dtype} on {q.device} as q is, got {x.dtype} on {x.device}.")
     T, B, H, L, E = q.shape
@@ -172,10 +166,15 @@ def check_attention(
         raise ValueError(f"{op}: is_causal needs as many keys as queries, got L = {L} and S = {S}.")
     check_padding_mask(op, query_padding_mask, B, L, "query_padding_mask")
     check_padding_mask(op, key_padding_mask, B, S, "key_padding_mask")
+    for name, mask in (("query_padding_mask", query_padding_mask), ("key_padding_mask", key_padding_mask)):
+        if mask is not None and mask.device != q.device:
+            raise ValueError(f"{op}: {name} must be on the device of q, {q.device}, got {mask.device}.")
 
 
-def check_scale(op: str, scale: Tensor, shape: tuple[int, ...]) -> None:
-    """``scale`` broadcasts to ``shape``."""
+def check_scale(op: str, scale: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
+    """``scale`` is real, on ``device``, and broadcasts to ``shape``."""
+    if scale.is_complex() or scale.device != device:
+        raise ValueError(f"{op}: scale must be real and on {device}, got {scale.dtype} on {scale.device}.")
     fits = scale.ndim <= len(shape) and all(
         own in (1, whole) for own, whole in zip(scale.shape[::-1], shape[::-1], strict=False)
     )

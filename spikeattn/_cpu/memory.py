@@ -56,7 +56,10 @@ class Pool:
         self._free[block.nbytes] = same_size
         while self.kept > self._most_kept:
             for longest_unused in list(self._free)[:1]:
-                self._free.pop(longest_unused, None)
+                blocks = self._free.get(longest_unused, [])
+                del blocks[:1]
+                if not blocks:
+                    self._free.pop(longest_unused, None)
 
 
 def _rounded_up(nbytes: int) -> int:

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from spikeattn._backends import IMPORTED_BY
+
 if TYPE_CHECKING:
     from spikeattn._cpu.compiler import Kernel
 
@@ -24,8 +26,6 @@ _WORTH_A_THREAD = 1 << 15
 _WORTH_A_PIECE = 1 << 18
 # Pieces a thread, of much work: where one core is busy with something else, the others take what it leaves.
 _PIECES = 4
-
-_IMPORTED_BY = os.getpid()
 
 
 def spread(kernel: "Kernel", blocks: int, work: int, **arguments: float) -> None:
@@ -46,7 +46,7 @@ def spread(kernel: "Kernel", blocks: int, work: int, **arguments: float) -> None
     frame = kernel.frame.pack(pieces, blocks, arguments)
     if threads == 1:
         kernel.call(frame)
-    elif (parallel := _gomp_parallel()) and os.getpid() == _IMPORTED_BY:
+    elif (parallel := _gomp_parallel()) and os.getpid() == IMPORTED_BY:
         parallel(kernel.address, frame, threads, 0)
     else:
         _run_in_pool(partial(kernel.call, frame), threads - 1)

@@ -10,7 +10,7 @@ from spikingjelly.activation_based.layer import attention
 from torch import Tensor, nn
 
 from spikeattn._backends import Backend, logger
-from spikeattn.nn.neuron import IF, LIF, ParametricLIF
+from spikeattn.nn.neuron import IF, LIF, ParametricLIF, fires_inside
 from spikeattn.ops.spiking_attention import spiking_attention
 from spikeattn.ops.surrogate import Surrogate, as_surrogate
 
@@ -42,7 +42,7 @@ class FusedSelfAttention(attention.SpikingSelfAttention):
         spikes = self.qkv_lif(self.qkv_conv_bn(x_seq))  # [T, N, 3 * C, L]
         q, k, v = spikes.unflatten(2, (3, self.num_heads, -1)).transpose(-1, -2).unbind(2)  # [T, N, H, L, E]
         lif = self.attn_lif
-        if _fires_inside(lif):
+        if fires_inside(lif):
             attended = spiking_attention(
                 q, k, v,
                 scale=self.scale, tau=lif.tau, v_threshold=lif.v_threshold, v_reset=lif.v_reset,
@@ -90,6 +90,7 @@ def swap_attention(model: Model, *, stateful: bool = True, backend: Backend = "a
     """
     swapped: Counter[str] = Counter()
     stayed: list[str] = []
+    counterparts: dict[nn.Module, nn.Module] = {}
     for path, layer in list(model.named_modules()):
         if type(layer) not in _LAYERS:
             continue
@@ -99,11 +100,13 @@ def swap_attention(model: Model, *, stateful: bool = True, backend: Backend = "a
             stayed.append(f"{path or kind} (qkv_lif is {type(layer.qkv_lif).__name__}, not known to give 0 and 1)")
             continue
         neurons = 0
-        for name, child in list(layer.named_children()):
+        for name, child in list(layer._modules.items()):  # named_children would leave out a second name of a neuron
             if not isinstance(child, neuron.BaseNode) or type(child) in (LIF, IF, ParametricLIF):
                 continue
-            if _has_counterpart(child):
-                setattr(layer, name, _counterpart(child, stateful, backend))
+            if child in counterparts or _has_counterpart(child):
+                if child not in counterparts:
+                    counterparts[child] = _counterpart(child, stateful, backend)
+                setattr(layer, name, counterparts[child])
                 neurons += 1
             else:
                 stayed.append(f"{path}.{name}".lstrip("."))
@@ -130,13 +133,6 @@ def _hooked(module: nn.Module) -> bool:
     """Whether somebody looks at a module."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     return any(hooks)
-
-
-def _fires_inside(lif: nn.Module) -> bool:
-    """Whether `spiking_attention` may fire in the place of ``lif``: nobody looks at its currents or potentials."""
-    if type(lif) is not LIF or _hooked(lif):
-        return False
-    return lif.decay_input and lif.step_mode == "m" and not (lif.stateful or lif.store_v_seq)
 
 
 def _gives_spikes(node: nn.Module) -> bool:

@@ -1,6 +1,6 @@
 """Modules: parameters and wiring around `spikeattn.ops`."""
 
-from spikeattn.nn.attention import SpikingSelfAttention
+from spikeattn.nn.attention import SpikingSelfAttention, StreamState
 from spikeattn.nn.block import SpikingMLP, SpikingTransformer, SpikingTransformerBlock
 from spikeattn.nn.cross_attention import SpikingCrossAttention
 from spikeattn.nn.dual_spike import DualSpikeSelfAttention
@@ -24,6 +24,7 @@ __all__ = [
     "SpikingSelfAttention",
     "SpikingTransformer",
     "SpikingTransformerBlock",
+    "StreamState",
     "attention_maps",
     "firing_rates",
 ]

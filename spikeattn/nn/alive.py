@@ -24,6 +24,8 @@ def norm_gain(tau: float) -> float:
     Args:
         tau: Membrane time constant in time steps.
     """
+    if math.isinf(tau):
+        raise ValueError('init="alive" needs a finite tau, in time steps, got inf; init="published" takes any.')
     return math.sqrt(2 * tau - 1)
 
 

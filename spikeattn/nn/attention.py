@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from spikeattn import _checks
 from spikeattn._backends import Backend
 from spikeattn.nn.alive import attention_gain
-from spikeattn.nn.neuron import LIF
+from spikeattn.nn.neuron import LIF, fires_inside
 from spikeattn.nn.projection import Init, Norm, NormedLinear, SpikingLinear, SpikingOptions, TokenBatchNorm
 from spikeattn.ops.lif.reference import state_dtype
 from spikeattn.ops.spiking_attention import AttentionState, spiking_attention, spiking_attention_step
@@ -40,11 +40,10 @@ def attend_and_fire(
 ) -> Tensor:
     """`spiking_attention` with the settings of ``neuron``, [T, B, H, L, E].
 
-    Where somebody looks at ``neuron`` (a hook, a monitor, ``store_v_seq``), it is stateful, or a user has put a neuron
-    of another class in its place, it is called itself, with its currents in memory: the same bits.
+    Where somebody looks at ``neuron`` (a hook, a monitor, ``store_v_seq``), or it is another than this package puts
+    there, it is called itself, with its currents in memory: the same bits.
     """
-    hooked = neuron._forward_hooks or neuron._forward_pre_hooks
-    if isinstance(neuron, LIF) and not (hooked or neuron.store_v_seq or neuron.stateful):
+    if fires_inside(neuron):
         return spiking_attention(
             q, k, v, fire=fire, scale=scale, is_causal=is_causal,
             query_padding_mask=query_padding_mask, key_padding_mask=key_padding_mask,
@@ -126,6 +125,7 @@ class HeadedAttention(nn.Module):
         for name, width in projections.items():
             self.add_module(name, SpikingLinear(width, dim, options))
         self.attn_lif = options.lif(attn_v_threshold)
+        self.tau = options.tau
         self.out = SpikingLinear(dim, dim, options)
 
     def check(self, x: Tensor, key_padding_mask: Tensor | None) -> None:
@@ -262,7 +262,17 @@ class SpikingSelfAttention(HeadedAttention):
             the state, whose size does not depend on the number of tokens unless the map fires.
 
         Raises:
-            ValueError: The module is not causal, or normalises by the statistics of a batch it does not see.
+            ValueError: The module is not causal, or normalises by the statistics of a batch it does not see, or its
+                ``attn_lif`` is watched or another than its own.
+
+        Example:
+            >>> attention = SpikingSelfAttention(16, num_heads=2, is_causal=True)
+            >>> state = None
+            >>> with torch.no_grad():  # with gradients, the state would keep every token's graph
+            ...     for token in torch.randn(10, 4, 1, 1, 16):
+            ...         spikes, state = attention.step(token, state)
+            >>> spikes.shape, state.tokens.item()
+            (torch.Size([4, 1, 1, 16]), 10)
         """
         if not self.is_causal:
             raise ValueError("SpikingSelfAttention: step needs is_causal=True: later tokens would change earlier ones.")
@@ -272,6 +282,8 @@ class SpikingSelfAttention(HeadedAttention):
         q, k, v = self.project("qkv", x, key_padding_mask)
         keys = self._seen(x, key_padding_mask, 0 if state is None else state.tokens[:, None])
         neuron = self.attn_lif
+        if not fires_inside(neuron):
+            raise ValueError("SpikingSelfAttention: step fires a plain LIF inside attention; take hooks off attn_lif.")
         attended, kept = spiking_attention_step(
             q, k, v, None if state is None else state.attention,
             scale=self._scale(keys), fire=self.fire, padding_mask=key_padding_mask,
@@ -290,7 +302,7 @@ class SpikingSelfAttention(HeadedAttention):
 
     def _scale(self, keys: Tensor) -> float | Tensor:
         """``scale``, times the gain of the alive start for so many ``keys`` [B or 1, L or 1]: [1, B, 1, L, 1]."""
-        E, tau = self.dim // self.num_heads, self.attn_lif.tau
+        E, tau = self.dim // self.num_heads, self.tau
         return self.scaled(lambda: attention_gain(keys, E, tau, self.fire)[None, :, None, :, None])
 
     def extra_repr(self) -> str:

@@ -77,6 +77,9 @@ class SpikingCrossAttention(HeadedAttention):
             norm, tau, v_threshold, v_reset, surrogate_function, detach_reset, init, backend, device, dtype
         )
         self.kv_dim = dim if kv_dim is None else kv_dim
+        _checks.check_heads("SpikingCrossAttention", dim, num_heads)
+        if self.kv_dim < 1:
+            raise ValueError(f"SpikingCrossAttention: kv_dim must be at least 1, got {kv_dim}.")
         widths = {"q": dim, "k": self.kv_dim, "v": self.kv_dim}
         super().__init__(dim, num_heads, options, attn_v_threshold, scale, widths)
         self.fire: Fire = fire
@@ -118,7 +121,7 @@ class SpikingCrossAttention(HeadedAttention):
     def _gain(self, memory: Tensor, key_padding_mask: Tensor | None) -> Tensor:
         """Gain of the alive start, [1, B or 1, 1, 1, 1]."""
         keys = count_tokens(memory, key_padding_mask)
-        return attention_gain(keys, self.dim // self.num_heads, self.attn_lif.tau, self.fire)[None, :, None, None, None]
+        return attention_gain(keys, self.dim // self.num_heads, self.tau, self.fire)[None, :, None, None, None]
 
     def extra_repr(self) -> str:
         """Hyper-parameters, as printed in the module's repr."""

@@ -128,7 +128,7 @@ class DualSpikeSelfAttention(nn.Module):
         scale = (self.firing_rate_map.clamp_min(_LEAST_RATE) * L.clamp_min(1)[:, None]).rsqrt()  # [B, H]
         mixed = self.mix_lif(merge_heads(attended[..., :E] * scale[:, :, None, None]))
         if self.training:
-            self.batches.add_(1)
+            self.batches.add_(L.sum() > 0)  # a batch of padding alone says nothing
         return self.out(mixed.to(x.dtype), key_padding_mask)
 
     @torch.no_grad()
@@ -137,7 +137,8 @@ class DualSpikeSelfAttention(nn.Module):
         if self.training:
             rate = spikes.sum((0, 1, 3, 4), dtype=running.dtype) / places.clamp_min(1)
             kept = torch.where(self.batches == 0, 0.0, MOMENTUM)
-            running.copy_(kept * running + (1 - kept) * rate)
+            followed = kept * running + (1 - kept) * rate
+            running.copy_(torch.where((places > 0) & followed.isfinite(), followed, running))
 
     def extra_repr(self) -> str:
         """Hyper-parameters, as printed in the module's repr."""

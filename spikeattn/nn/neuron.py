@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import TypeGuard
 
 import torch
 from spikingjelly.activation_based import neuron
@@ -208,6 +209,14 @@ class LIF(_Neuron):
     def extra_repr(self) -> str:
         """Hyper-parameters, as printed in the module's repr."""
         return f"{super().extra_repr()}, tau={self.tau}, decay_input={self.decay_input}"
+
+
+def fires_inside(neuron: nn.Module) -> "TypeGuard[LIF]":
+    """Whether an operation may fire in the place of ``neuron``: it is a plain `LIF`, and nobody looks at it."""
+    if type(neuron) is not LIF or not neuron.decay_input or neuron.step_mode != "m":
+        return False
+    hooks = (neuron._forward_hooks, neuron._forward_pre_hooks, neuron._backward_hooks, neuron._backward_pre_hooks)
+    return not (any(hooks) or neuron.stateful or neuron.store_v_seq)
 
 
 class IF(_Neuron):

@@ -94,7 +94,7 @@ class QKAttention(HeadedAttention):
 
     def _gain(self, x: Tensor, key_padding_mask: Tensor | None) -> Tensor:
         """Gain of the alive start, [1, B or 1, 1], and an axis more where tokens pass."""
-        tau = self.attn_lif.tau
+        tau = self.tau
         if self.kind == "token":
             expected = torch.full((1, 1, 1, 1), self.dim // self.num_heads * design_rate(tau), device=x.device)
         else:

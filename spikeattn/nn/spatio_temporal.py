@@ -101,7 +101,7 @@ class SpatioTemporalAttention(HeadedAttention):
     def _gain(self, x: Tensor, key_padding_mask: Tensor | None) -> Tensor:
         """Gain of the alive start, [1, B or 1, 1, 1, 1]."""
         keys = self.chunk * count_tokens(x, key_padding_mask)
-        gain = attention_gain(keys, self.dim // self.num_heads, self.attn_lif.tau, "output")
+        gain = attention_gain(keys, self.dim // self.num_heads, self.tau, "output")
         return gain[None, :, None, None, None]
 
     def extra_repr(self) -> str:

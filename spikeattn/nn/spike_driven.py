@@ -102,7 +102,7 @@ class SpikeDrivenSelfAttention(HeadedAttention):
 
     def _gain(self, x: Tensor, key_padding_mask: Tensor | None) -> Tensor:
         """Gain of the alive start, [1, B or 1, 1, ...], an axis for each of what the neurons are given."""
-        keys, tau = count_tokens(x, key_padding_mask), self.attn_lif.tau
+        keys, tau = count_tokens(x, key_padding_mask), self.tau
         if self.version == 3:
             return attention_gain(keys, self.dim // self.num_heads, tau, "output")[None, :, None, None, None]
         return count_gain(keys.clamp_min(1) * design_rate(tau) ** 2, tau, at_threshold=0.5)[None, :, None]

@@ -24,8 +24,8 @@ def firing_rates(model: nn.Module, *inputs: Any, key_padding_mask: Tensor | None
             It runs once under ``no_grad``, in the mode (train or eval) it is in.
         inputs: What ``model`` is called with.
         key_padding_mask: [B, L], True at padding, as given to the model. Spiking layers of this package are silent
-            at padding; with the mask given, the rates are those of the tokens alone. Not for cross-attention between
-            sequences of different lengths, which one mask cannot describe.
+            at padding; with the mask given, the rates are those of the tokens alone. It counts for layers over L
+            tokens: in cross-attention give queries and keys different numbers, or no mask.
 
     Returns:
         Spikes a neuron and time step, between 0 and 1, by the layer's name. A layer that was called several times
@@ -118,10 +118,12 @@ def _map_fires(module: SpikingSelfAttention | SpikingCrossAttention | DualSpikeS
 
 
 def _valid_share(spikes: Tensor, key_padding_mask: Tensor | None) -> float:
-    """Share of ``spikes`` ([T, B, L, D], a map [T, B, H, L, L], or of all tokens [T, B, D]) that belongs to tokens."""
-    if key_padding_mask is None or spikes.ndim == 3:
+    """Share of ``spikes`` ([T, B, L, D], or a map [T, B, H, L, S]) that belongs to tokens of the mask's number."""
+    if key_padding_mask is None or spikes.ndim not in (4, 5):
         return 1.0
     valid = (~key_padding_mask).double()
-    if spikes.ndim == 5:
-        return float((valid.mean(1) ** 2).mean())
-    return float(valid.mean())
+    share = torch.ones(len(valid), dtype=torch.float64, device=valid.device)
+    for tokens in (spikes.shape[2],) if spikes.ndim == 4 else spikes.shape[3:]:
+        if tokens == valid.shape[1]:
+            share = share * valid.mean(1)
+    return float(share.mean())

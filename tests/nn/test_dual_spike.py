@@ -108,3 +108,12 @@ def test_a_compiled_training_step_moves_the_rates_the_same():
         assert torch.equal(compiled(x, MASK), other(x, MASK))
     assert torch.equal(attention.firing_rate_map, other.firing_rate_map)
     assert attention.batches == 2
+
+
+def test_a_batch_of_padding_alone_teaches_no_rate():
+    module = DualSpikeSelfAttention(16, num_heads=2).train()
+    before = module.firing_rate_x.clone()
+    module(torch.randn(4, 2, 5, 16), torch.ones(2, 5, dtype=torch.bool))
+    assert torch.equal(module.firing_rate_x, before)
+    module(torch.randn(4, 2, 5, 16) * 3)
+    assert (module.firing_rate_x > 0.01).all()  # the first batch with tokens sets it

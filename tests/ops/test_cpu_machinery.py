@@ -150,6 +150,24 @@ def test_forked_loader_workers_are_right(many_threads):
         assert all(map(torch.equal, got, want))
 
 
+FORK_SCRIPT = """
+import os, signal, torch
+from spikeattn import lif
+torch.set_num_threads(2)
+x = torch.full((4, 100_000), 2.0)  # on PyTorch's threads; no kernel of ours has run
+child = os.fork()
+if child == 0:
+    signal.alarm(60)
+    spikes = lif(x, backend="numba").spikes
+    os._exit(0 if spikes.numpy().all() else 1)  # not by PyTorch, which hangs here
+print(os.waitpid(child, 0)[1])
+"""
+
+
+def test_the_first_kernel_may_run_in_a_forked_process():
+    assert run_python(FORK_SCRIPT).strip() == "0"
+
+
 def train_one_step(rank, folder):
     """Rank ``rank`` of two: one step on its half of a batch, the gradient left in ``folder``."""
     torch.set_num_threads(2)
@@ -251,8 +269,9 @@ def test_no_more_freed_memory_is_kept_than_allowed():
         pool.empty((size,), torch.int8)
         assert pool.kept <= 1 << 20
     tensors = [pool.empty((200_000,), torch.int8) for _ in range(9)]
+    size = tensors[0].numel()
     del tensors
-    assert pool.kept <= 1 << 20
+    assert (1 << 20) - 2 * size < pool.kept <= 1 << 20  # as many as there is room for
 
 
 def test_results_freed_in_other_threads_do_not_disturb_a_pool():

@@ -245,6 +245,26 @@ def test_compiles_to_one_graph_with_the_same_result():
     assert torch.equal(*torch.autograd.grad(loss(x), x), *torch.autograd.grad(compiled(x), x))
 
 
+def test_activation_checkpointing_gives_the_same_gradients():
+    x, weight, bias, _ = (value.requires_grad_() for value in inputs(4, 3, 6))
+
+    def loss(x):
+        return (norm_lif(x, weight, bias, surrogate=ATan()).spikes * x.detach()).sum()
+
+    kept = torch.utils.checkpoint.checkpoint(loss, x, use_reentrant=False)
+    assert torch.equal(*torch.autograd.grad(kept, x), *torch.autograd.grad(loss(x), x))
+
+
+@pytest.mark.parametrize("backend", ["numba", "torch"])
+def test_what_lies_at_padding_reaches_no_gradient(backend):
+    x, weight, bias, _ = inputs(4, 3, 6)
+    x[:, 1] = float("nan")
+    mask = torch.tensor([False, True, False])
+    leaves = [value.requires_grad_() for value in (x, weight, bias)]
+    out = norm_lif(*leaves, padding_mask=mask, surrogate=ATan(), backend=backend).spikes
+    assert all(grad.isfinite().all() for grad in torch.autograd.grad((out * torch.randn(4, 3, 6)).sum(), leaves))
+
+
 def test_a_module_around_it_exports():
     class NormLIF(torch.nn.Module):
         def __init__(self):

@@ -76,5 +76,11 @@ def test_a_state_of_something_else_is_refused():
         spiking_attention_step(x, x, x, past)
     with pytest.raises(ValueError, match=r"state must be of \[T, B, H, \*, E\]"):
         spiking_attention_step(x[:1], x[:1], x[:1], sums)
+    with pytest.raises(TypeError, match=r"state must be torch\.float64"):
+        spiking_attention_step(*(x.double(),) * 3, sums)
+    with pytest.raises(ValueError, match="state must be of"):
+        spiking_attention_step(x, x, x, past._replace(values=None), fire="map")
+    with pytest.raises(ValueError, match="tau must be > 1"):
+        spiking_attention_step(x, x, x, fire=None, tau=0.5)
     with pytest.raises(ValueError, match="is_causal needs"):
         spiking_attention_step(x, x[..., :2, :], x[..., :2, :])

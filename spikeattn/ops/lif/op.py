@@ -70,7 +70,8 @@ def lif(
 
     Gradient:
         To ``x``, ``v0`` and a tensor ``tau``; dS/dH is ``surrogate.derivative(H - v_threshold)``. The backward is
-        analytic and keeps only ``x`` and ``v0``: derivation in ``ops/lif/README.md``. No second derivative.
+        analytic and keeps only ``x`` and ``v0``: derivation in ``ops/lif/README.md``. No second derivative, no
+        `torch.func`.
 
     Numerics:
         State and arithmetic are float32 for float16 and bfloat16 inputs (``docs/numerics.md``). A NaN current never

@@ -65,7 +65,7 @@ def norm_lif(
 
     Gradient:
         To ``x``, ``weight``, ``bias`` and ``v0``. Keeps these, and mean and reciprocal deviation of each row:
-        derivation in ``ops/norm_lif/README.md``. No second derivative.
+        derivation in ``ops/norm_lif/README.md``. No second derivative, no `torch.func`.
 
     Numerics:
         Arithmetic is float32 for float16 and bfloat16 inputs, also under autocast. Sums run in an order that every
@@ -214,11 +214,12 @@ def _save(ctx, inputs, output) -> None:
 
 def _backward(ctx, grad_spikes, grad_v, grad_mean, grad_rstd):
     """Hand over to the registered backward; mean and rstd are no outputs of the public function."""
-    x, _, _, _, v0, _, _ = ctx.saved_tensors
+    saved = ctx.saved_tensors  # once: non-reentrant checkpointing allows no second look
+    x, _, _, _, v0, _, _ = saved
     shape = (ctx.settings[0], *v0.shape)
     grad_spikes = x.new_zeros(()).expand(shape) if grad_spikes is None else grad_spikes
     grad_v = x.new_zeros((), dtype=state_dtype(x)).expand(v0.shape) if grad_v is None else grad_v
-    grads = norm_lif_backward(grad_spikes, grad_v, *ctx.saved_tensors, *ctx.settings, ctx.backend)
+    grads = norm_lif_backward(grad_spikes, grad_v, *saved, *ctx.settings, ctx.backend)
     grad_x, grad_weight, grad_bias, grad_v0 = (
         grad if need else None
         for grad, need in zip(grads, (*ctx.needs_input_grad[:3], ctx.needs_input_grad[4]), strict=True)

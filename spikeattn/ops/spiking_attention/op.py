@@ -18,6 +18,7 @@ from spikeattn.ops.spiking_attention.reference import (
     attend,
     attend_backward,
     attention_map,
+    exact_sums,
     masked,
     product_backward,
     spiking_attention_reference,
@@ -82,7 +83,7 @@ def spiking_attention(
 
     Gradient:
         To ``q``, ``k`` and ``v``, in memory linear in L: only these are kept, products and potentials are computed
-        again. Derivation in ``ops/spiking_attention/README.md``. No second derivative.
+        again. Derivation in ``ops/spiking_attention/README.md``. No second derivative, no `torch.func`.
 
     Numerics:
         Sums of products of 0 and 1 are integers, at most S * E; float32 holds them exactly up to 2**24. So with a power
@@ -139,7 +140,7 @@ def attend_by_map(
     """``fire="map"`` with a ``neuron`` that is given the whole map [T, B, H, L, S] and can be looked at."""
     dtype = q.dtype
     q, k, v = masked(q, query_padding_mask), masked(k, key_padding_mask), masked(v, key_padding_mask)
-    with torch.autocast(q.device.type, enabled=False):
+    with exact_sums(q):
         spikes = neuron(attention_map(q, k, as_scale(scale, q), slice(0, q.shape[3]), is_causal))
         return (spikes @ v).to(dtype)
 
@@ -150,7 +151,7 @@ def as_scale(scale: float | Tensor, q: Tensor) -> Tensor:
     if not isinstance(scale, Tensor):
         _checks.check_finite("spiking_attention", "scale", scale)
         return torch.full((1, 1, 1, 1, 1), scale, dtype=dtype, device=q.device)
-    _checks.check_scale("spiking_attention", scale, (*q.shape[:-1], 1))
+    _checks.check_scale("spiking_attention", scale, (*q.shape[:-1], 1), q.device)
     return scale.detach().to(dtype)[(None,) * (5 - scale.ndim)]
 
 
@@ -208,6 +209,8 @@ def spiking_attention_forward(
     backend: str,
 ) -> Tensor:
     """Return [T, B, H, L, E], [T, B, L, H, E] in memory."""
+    if not (q.numel() and k.numel()):
+        return torch.zeros_like(q.transpose(2, 3), memory_format=torch.contiguous_format).transpose(2, 3)
     if backend == "numba":
         from spikeattn.ops.spiking_attention import cpu
 
@@ -223,7 +226,7 @@ def spiking_attention_forward(
         return attention_forward_cuda(*inputs, fire, order, is_causal, tau, v_threshold, v_reset)
     own = (masked(q, query_padding_mask), masked(k, key_padding_mask), masked(v, key_padding_mask))
     neuron = _neuron(q, tau, v_threshold, v_reset, detach_reset, surrogate, alpha, backend)
-    with torch.autocast(q.device.type, enabled=False):
+    with exact_sums(q):
         out = attend(*own, scale, fire, order, is_causal, neuron)
     return out.to(q.dtype).transpose(2, 3).contiguous().transpose(2, 3)
 
@@ -258,6 +261,8 @@ def spiking_attention_backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return ``(grad_q, grad_k, grad_v)``."""
+    if not (q.numel() and k.numel()):
+        return q.new_zeros(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
     masks = (query_padding_mask, key_padding_mask, key_padding_mask)
     own = (masked(q, query_padding_mask), masked(k, key_padding_mask), masked(v, key_padding_mask))
     neuron = _neuron(q, tau, v_threshold, v_reset, detach_reset, surrogate, alpha, backend)
@@ -278,7 +283,7 @@ def spiking_attention_backward(
             grad, q, k, v, scale, query_padding_mask, key_padding_mask, order, is_causal,
             tau, v_threshold, v_reset, detach_reset, surrogate, alpha, derivative,
         )  # fmt: skip
-    with torch.autocast(q.device.type, enabled=False):
+    with exact_sums(q):
         if product_grad is not None:
             grads = product_backward(product_grad, *own, is_causal)
         else:

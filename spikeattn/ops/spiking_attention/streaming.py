@@ -12,7 +12,7 @@ from spikeattn import _checks
 from spikeattn._backends import Backend
 from spikeattn.ops.lif import lif
 from spikeattn.ops.spiking_attention.op import as_scale
-from spikeattn.ops.spiking_attention.reference import Fire, masked, product
+from spikeattn.ops.spiking_attention.reference import Fire, exact_sums, masked, product
 from spikeattn.ops.surrogate import ATan
 
 
@@ -68,7 +68,8 @@ def spiking_attention_step(
         The output of these tokens [T, B, H, L, E], and the state with them.
 
     Gradient:
-        As in `spiking_attention`, and through the state.
+        As in `spiking_attention`, and through the state, which then holds the graph of all tokens so far: run inference
+        under ``torch.no_grad()``, or detach the state to train on pieces.
 
     Numerics:
         However a sequence is cut, the outputs are bit for bit those of one causal call, as long as the sums stay below
@@ -89,6 +90,8 @@ def spiking_attention_step(
     name = "spiking_attention_step"
     _checks.check_attention(name, q, k, v, padding_mask, padding_mask, is_causal=True)
     _checks.check_choice(name, "fire", fire, ("output", "map", None))
+    _checks.check_tau(name, tau)
+    _checks.check_potentials(name, v_threshold, v_reset)
     scale = as_scale(scale, q)
     dtype = q.dtype
     q, k, v = masked(q, padding_mask), masked(k, padding_mask), masked(v, padding_mask)
@@ -98,7 +101,7 @@ def spiking_attention_step(
         lif, tau=tau, v_threshold=v_threshold, v_reset=v_reset, detach_reset=detach_reset,
         surrogate=surrogate, backend=backend,
     )  # fmt: skip
-    with torch.autocast(q.device.type, enabled=False):
+    with exact_sums(q):
         if fire == "map":
             past = 0 if state.keys is None else state.keys.shape[3]
             keys = k if state.keys is None else torch.cat([state.keys, k], dim=3)
@@ -122,5 +125,11 @@ def _check_state(op: str, state: AttentionState, k: Tensor, fire: Fire | None) -
         return
     if (fire == "map") != (state.keys is not None):
         raise ValueError(f"{op}: the state is that of another fire than {fire!r}.")
-    if (*kept.shape[:3], kept.shape[4]) != (T, B, H, E):
+    if (
+        kept.ndim != 5
+        or (*kept.shape[:3], kept.shape[4]) != (T, B, H, E)
+        or (fire == "map") != (state.values is not None)
+    ):
         raise ValueError(f"{op}: the state must be of [T, B, H, *, E] = {(T, B, H, '*', E)}, got {tuple(kept.shape)}.")
+    if kept.dtype != k.dtype or kept.device != k.device:
+        raise TypeError(f"{op}: the state must be {k.dtype} on {k.device}, got {kept.dtype} on {kept.device}.")
