@@ -49,7 +49,8 @@ class MatmulAttention(nn.Module):
         q, k, v = (project(x, key_padding_mask).view(heads).transpose(2, 3) for project in projections)
         if key_padding_mask is not None:
             q, k, v = (y.masked_fill(key_padding_mask[:, None, :, None], 0.0) for y in (q, k, v))
-        scale = ours._scale(x, key_padding_mask)
+        keys = ours._seen(x, key_padding_mask, 0)
+        scale = ours._scale(keys if ours.is_causal else keys[:, -1:])
         if isinstance(scale, torch.Tensor) and scale.numel() == 1:
             scale = scale.item()
         attended = self.node(attend(q, k, v, scale, ours.is_causal)) if ours.fire == "output" else None

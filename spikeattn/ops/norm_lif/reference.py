@@ -103,9 +103,10 @@ def norm_lif_backward_reference(
     current = normalise(own, mean, rstd, weight, bias, padding_mask)
     settings = (time_steps, tau, decay_input, v_threshold, v_reset, detach_reset, surrogate)
     grad, grad_v0, _ = lif_backward_reference(grad_spikes, grad_v, None, current, v0, None, *settings)
+    if padding_mask is not None:  # also in what follows: at padding may lie what is no number
+        padding = padding_mask.unsqueeze(-1)
+        grad, own, mean, rstd = (part.masked_fill(padding, 0.0) for part in (grad, own, mean, rstd))
     normal = (own - mean) * rstd
-    if padding_mask is not None:  # both: at padding may lie what is no number
-        grad, normal = (part.masked_fill(padding_mask.unsqueeze(-1), 0.0) for part in (grad, normal))
     scaled = grad * weight.to(grad.dtype)
     grad_x = rstd * (scaled - scaled.mean(-1, keepdim=True) - normal * (scaled * normal).mean(-1, keepdim=True))
     rows = tuple(range(x.ndim - 1))
