@@ -27,7 +27,8 @@ from spikeattn._cpu.threads import spread
 from spikeattn._leak import has_exact_reciprocal
 from spikeattn.ops.surrogate import CustomSurrogate, Surrogate
 
-_LONGEST = 128  # tokens; beyond, matrix products are faster (benchmarks, suite "attention")
+# Keys; beyond, matrix products are faster (benchmarks, suite "attention"). Causal ones compute twice what counts.
+_LONGEST, _LONGEST_CAUSAL = 64, 128
 _TRAJECTORY = 1 << 18  # floats of H that the backward of a head may keep
 
 _INPUTS = (
@@ -39,14 +40,19 @@ _BACKWARD = Frame(f"{_INPUTS} grad gradT gradB gradH gradL out kind", "tau v_thr
 _forward_record, _backward_record = _FORWARD.record, _BACKWARD.record
 
 
-def takes(q: Tensor, k: Tensor, scale: Tensor) -> bool:
-    """Whether the kernels take such a call."""
-    return q.dtype in ELEMENT and q.shape[-1] <= WORD and k.shape[-2] <= _LONGEST and scale.shape[0] == 1
+def takes(q: Tensor, k: Tensor, scale: Tensor, is_causal: bool) -> bool:
+    """Whether the forward takes such a call."""
+    longest = _LONGEST_CAUSAL if is_causal else _LONGEST
+    return q.dtype in ELEMENT and q.shape[-1] <= WORD and k.shape[-2] <= longest and scale.shape[0] == 1
 
 
 def takes_backward(q: Tensor, k: Tensor, scale: Tensor, fire: str | None) -> bool:
     """Whether the kernel of the neurons' gradient takes such a call."""
-    return fire == "output" and takes(q, k, scale) and q.shape[0] * q.shape[-2] * q.shape[-1] <= _TRAJECTORY
+    return (
+        fire == "output"
+        and takes(q, k, scale, is_causal=False)
+        and q.shape[0] * q.shape[-2] * q.shape[-1] <= _TRAJECTORY
+    )
 
 
 @inline

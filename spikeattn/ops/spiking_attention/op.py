@@ -215,7 +215,7 @@ def spiking_attention_forward(
         from spikeattn.ops.spiking_attention import cpu
 
         masks = (query_padding_mask, key_padding_mask)
-        if cpu.takes(q, k, scale):
+        if cpu.takes(q, k, scale, is_causal):
             out = cpu.spiking_attention_forward_cpu(q, k, v, scale, *masks, fire, is_causal, tau, v_threshold, v_reset)
             if out is not None:
                 return out
