@@ -52,8 +52,8 @@ def _section(machine: str, suite: str, measured: dict[str, Any]) -> str:
     ]
     for kind, title in KINDS.items():
         lines.append(f"**{title}**\n\n" + _table(rows, kind, facts["copy_bytes_per_s"]))
-    absent = {name: reason for row in rows for name, reason in row["absent"].items()}
-    lines += [f"{name}: not run; {reason}." for name, reason in absent.items()]
+    absent = dict.fromkeys(pair for row in rows for pair in row["absent"].items())
+    lines += [f"{name}: not everywhere; {reason}." for name, reason in absent]
     figure = f"{machine}-{suite}.svg"
     _plot(rows, suite, PLOTS / figure)
     lines.append(f"![Speed of {suite} beside its peers](benchmarks/{figure})")

@@ -27,6 +27,7 @@ def spikingjelly_lif(tau: float) -> Model:
 def compiled_loop(tau: float) -> Model:
     """``torch.compile`` of the plain loop over T with autograd."""
     settings = (tau, True, 1.0, 0.0, True, ATan())
+    torch._dynamo.reset()  # else the cases together pass the limit of recompilations, and the rest runs uncompiled
 
     @partial(torch.compile, dynamic=False)
     def loop(x: Tensor) -> Tensor:
