@@ -193,6 +193,7 @@ def batch():
 
 def test_two_ddp_processes_agree_with_one(tmp_path, monkeypatch):
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    monkeypatch.setenv("OMP_WAIT_POLICY", "passive")  # four threads that spin on two cores can take minutes
     processes = torch.multiprocessing.spawn(train_one_step, (str(tmp_path),), nprocs=2, join=False)
     deadline = time.monotonic() + 120
     while not processes.join(timeout=1):
