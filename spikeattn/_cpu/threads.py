@@ -46,17 +46,12 @@ def spread(kernel: "Kernel", blocks: int, work: int, **arguments: float) -> None
     frame = kernel.frame.pack(pieces, blocks, arguments)
     if threads == 1:
         kernel.call(frame)
-    elif (parallel := _gomp_parallel()) and os.getpid() == IMPORTED_BY and not _one_of_several():
+    elif (parallel := _gomp_parallel()) and os.getpid() == IMPORTED_BY:
         parallel(kernel.address, frame, threads, 0)
     else:
         _run_in_pool(partial(kernel.call, frame), threads - 1)
     if kernel.frame.finished(frame) != pieces:  # what went wrong has been printed by numba, to standard error
         raise MemoryError(f"{kernel.function.__name__}: a thread stopped before its work was done.")
-
-
-def _one_of_several() -> bool:
-    """Whether this process trains beside others: two of them on two cores have hung in OpenMP once in seven runs."""
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 @cache
