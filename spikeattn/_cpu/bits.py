@@ -99,12 +99,3 @@ def attend_row(sums, query, keys, columns, seen, planes, counts):
         count_row(query, keys[begin : begin + own.size], own)
         for plane in range(planes):
             add_plane(sums, plane_word(own, plane), columns[begin // WORD], plane)
-
-
-@inline
-def fired_word(spikes):
-    """A row of at most 64 spikes in one word."""
-    word = U(0)
-    for j in range(spikes.size):
-        word |= (U(1) if spikes[j] != F(0.0) else U(0)) << U(j)
-    return word

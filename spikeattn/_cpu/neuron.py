@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from spikeattn._cpu.compiler import helper, inline
+from spikeattn._cpu.compiler import Kernel, helper, inline
 from spikeattn._leak import leak
 
 F = np.float32
@@ -166,3 +166,15 @@ def custom_derivative_row(function: Callable[[float], float]) -> Any:
             sg[i] = slope(h[i] - v_threshold)
 
     return custom_row
+
+
+@lru_cache(maxsize=64)
+def _with_spelling(factory: Callable[..., Kernel], plan: tuple, spelling: Callable[[float], float]) -> Kernel:
+    """A backward whose slope is a user's function."""
+    return factory(*plan).with_derivative(custom_derivative_row(spelling))
+
+
+def for_surrogate(factory: Callable[..., Kernel], plan: tuple, surrogate: Any) -> Kernel:
+    """The backward ``factory(*plan)`` for a surrogate, which may bring a spelling of its own."""
+    spelling = getattr(surrogate, "numba", None)
+    return factory(*plan) if spelling is None else _with_spelling(factory, plan, spelling)

@@ -31,6 +31,11 @@ def as_values(x: Tensor) -> tuple[Tensor, int]:
     return (x.contiguous(), x.numel()) if any(x.stride()) else (x, 1)
 
 
+def mask_arguments(name: str, mask: Tensor | None) -> dict[str, int]:
+    """What a frame takes for a contiguous mask, or none."""
+    return {name: 0 if mask is None else mask.data_ptr(), f"has_{name}": mask is not None}
+
+
 @inline
 def fill_row(row, values, first):
     """Copy ``values`` from ``first`` on into ``row``."""

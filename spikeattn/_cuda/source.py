@@ -30,7 +30,10 @@ def assemble(program: Program) -> str:
     lines = [f"#define SPK_STORAGE {program.storage}", f"#define SPK_{program.direction.upper()}"]
     lines += [f"#define SPK_CUSTOM_DERIVATIVE ({program.derivative or '0.0f'})"]
     lines += [f"constexpr int {name} = {value};" for name, value in program.constants]
-    for path in ("_cuda/spikeattn.cuh", f"ops/{program.op}/kernels.cu"):
+    folder = f"ops/{program.op}"
+    others = sorted(file.name for file in package.joinpath(folder).iterdir() if file.name.endswith(".cu"))
+    others.remove("kernels.cu")  # comes first: it holds what the others share
+    for path in ("_cuda/spikeattn.cuh", f"{folder}/kernels.cu", *(f"{folder}/{name}" for name in others)):
         code = package.joinpath(path).read_text(encoding="utf-8").replace("#pragma once\n", "\n")
         lines += [f'#line 1 "spikeattn/{path}"', code]
     return "\n".join(lines)

@@ -10,7 +10,7 @@ from spikingjelly.activation_based.layer import attention
 from torch import Tensor, nn
 
 from spikeattn._backends import Backend, logger
-from spikeattn.nn.neuron import IF, LIF, ParametricLIF, fires_inside
+from spikeattn.nn.neuron import IF, LIF, ParametricLIF, fires_inside, is_watched
 from spikeattn.ops.spiking_attention import spiking_attention
 from spikeattn.ops.surrogate import Surrogate, as_surrogate
 
@@ -129,12 +129,6 @@ def swap_attention(model: Model, *, stateful: bool = True, backend: Backend = "a
     return model
 
 
-def _hooked(module: nn.Module) -> bool:
-    """Whether somebody looks at a module."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(hooks)
-
-
 def _gives_spikes(node: nn.Module) -> bool:
     """Whether a neuron is known to give 0 and 1 only; without ``spiking`` its surrogate gives what is between."""
     known = type(node) in (*_THEIRS, LIF, IF, ParametricLIF)
@@ -143,7 +137,7 @@ def _gives_spikes(node: nn.Module) -> bool:
 
 def _has_counterpart(node: neuron.BaseNode) -> bool:
     """Whether one of our neurons is the same as ``node``."""
-    if type(node) not in _THEIRS or _hooked(node) or node._neuron_precision is not None:
+    if type(node) not in _THEIRS or is_watched(node) or node._neuron_precision is not None:
         return False
     rest = 0.0 if node.v_reset is None else node.v_reset
     fires_above_rest = rest < node.v_threshold and math.isfinite(node.v_threshold) and math.isfinite(rest)

@@ -160,7 +160,6 @@ class SpikingTransformerBlock(nn.Module):
             device=device,
             dtype=dtype,
         )
-
         self.residual = residual
         if residual == "membrane":
             options = SpikingOptions(

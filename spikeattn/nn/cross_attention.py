@@ -77,7 +77,6 @@ class SpikingCrossAttention(HeadedAttention):
             norm, tau, v_threshold, v_reset, surrogate_function, detach_reset, init, backend, device, dtype
         )
         self.kv_dim = dim if kv_dim is None else kv_dim
-        _checks.check_heads("SpikingCrossAttention", dim, num_heads)
         if self.kv_dim < 1:
             raise ValueError(f"SpikingCrossAttention: kv_dim must be at least 1, got {kv_dim}.")
         widths = {"q": dim, "k": self.kv_dim, "v": self.kv_dim}

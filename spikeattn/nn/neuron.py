@@ -211,12 +211,17 @@ class LIF(_Neuron):
         return f"{super().extra_repr()}, tau={self.tau}, decay_input={self.decay_input}"
 
 
+def is_watched(module: nn.Module) -> bool:
+    """Whether a hook looks at a module."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks)
+
+
 def fires_inside(neuron: nn.Module) -> "TypeGuard[LIF]":
     """Whether an operation may fire in the place of ``neuron``: it is a plain `LIF`, and nobody looks at it."""
     if type(neuron) is not LIF or not neuron.decay_input or neuron.step_mode != "m":
         return False
-    hooks = (neuron._forward_hooks, neuron._forward_pre_hooks, neuron._backward_hooks, neuron._backward_pre_hooks)
-    return not (any(hooks) or neuron.stateful or neuron.store_v_seq)
+    return not (is_watched(neuron) or neuron.stateful or neuron.store_v_seq)
 
 
 class IF(_Neuron):

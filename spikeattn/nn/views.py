@@ -1,6 +1,7 @@
 """Views of a spiking model that has run."""
 
 from collections import defaultdict
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from spikeattn.nn.cross_attention import SpikingCrossAttention
 from spikeattn.nn.dual_spike import DualSpikeSelfAttention
 from spikeattn.nn.neuron import Spike
 from spikeattn.ops.lif.reference import state_dtype
+from spikeattn.ops.spiking_attention.reference import exact_sums
 
 _WITH_MAPS = (SpikingSelfAttention, SpikingCrossAttention, DualSpikeSelfAttention)
 
@@ -45,17 +47,8 @@ def firing_rates(model: nn.Module, *inputs: Any, key_padding_mask: Tensor | None
 
         return record
 
-    handles = [
-        module.register_forward_hook(watch(name))
-        for name, module in model.named_modules()
-        if isinstance(module, BaseNode | Spike)
-    ]
-    try:
-        with torch.no_grad():
-            model(*inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, BaseNode | Spike)}
+    _run_hooked(model, inputs, [(module, watch(name)) for name, module in layers.items()])
     return {name: fired[name] / places[name] for name in fired}
 
 
@@ -88,17 +81,12 @@ def attention_maps(model: nn.Module, *inputs: Any) -> dict[str, Tensor]:
         return record
 
     modules = {name: module for name, module in model.named_modules() if isinstance(module, _WITH_MAPS)}
-    handles = [
-        module.get_submodule(part).register_forward_hook(watch(name, part))
+    hooks = [
+        (module.get_submodule(part), watch(name, part))
         for name, module in modules.items()
         for part in (("attn_lif",) if _map_fires(module) else ("q", "k"))
     ]
-    try:
-        with torch.no_grad():
-            model(*inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
+    _run_hooked(model, inputs, hooks)
     maps = {}
     for name, module in modules.items():
         if (name, "attn_lif") in seen:
@@ -106,10 +94,21 @@ def attention_maps(model: nn.Module, *inputs: Any) -> dict[str, Tensor]:
         elif (name, "q") in seen:
             # At least float32, also under autocast: so every count is exact.
             q, k = (split_heads(seen[name, part], module.num_heads) for part in "qk")
-            with torch.autocast(q.device.type, enabled=False):
+            with exact_sums(q):
                 counts = q.to(state_dtype(q)) @ k.to(state_dtype(k)).transpose(-1, -2)
             maps[name] = counts.tril() if getattr(module, "is_causal", False) else counts
     return maps
+
+
+def _run_hooked(model: nn.Module, inputs: tuple[Any, ...], hooks: list[tuple[nn.Module, Callable[..., None]]]) -> None:
+    """Run ``model`` once under ``no_grad`` with forward hooks, and take them off again whatever happens."""
+    handles = [module.register_forward_hook(hook) for module, hook in hooks]
+    try:
+        with torch.no_grad():
+            model(*inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _map_fires(module: SpikingSelfAttention | SpikingCrossAttention | DualSpikeSelfAttention) -> bool:

@@ -32,6 +32,8 @@ namespace norm_lif {
 }
 namespace spiking_attention {
 #include "ops/spiking_attention/kernels.cu"
+#include "ops/spiking_attention/map.cu"
+#include "ops/spiking_attention/pack.cu"
 }
 using namespace lif;
 using namespace norm_lif;

@@ -176,7 +176,7 @@ def train_one_step(rank, folder):
     model = torch.nn.parallel.DistributedDataParallel(network())
     model(batch()[:, rank * 500 : (rank + 1) * 500]).mean().backward()
     torch.save(model.module[0].weight.grad, f"{folder}/{rank}.pt")
-    # The model first: its reducer, if it is the last to let go of the process group, joins Gloo's threads while it holds
+    # The model first: its reducer, if it is the last to let go of the process group, joins Gloo's threads while holding
     # the interpreter's lock, which one of them may be waiting for.
     del model
     torch.distributed.destroy_process_group()

@@ -1,6 +1,6 @@
 """The fused CPU kernels of `lif`: blocks of neurons, t inside, so that the membrane stays in the L1 cache."""
 
-from functools import cache, lru_cache
+from functools import cache
 
 import numba
 import numpy as np
@@ -11,9 +11,9 @@ from spikeattn._cpu.compiler import SOURCES, Frame, Kernel, memory, next_blocks
 from spikeattn._cpu.memory import empty
 from spikeattn._cpu.neuron import (
     F,
-    custom_derivative_row,
     derivative_row,
     fire,
+    for_surrogate,
     grad_row,
     neuron_scalars,
     reset,
@@ -23,7 +23,7 @@ from spikeattn._cpu.neuron import (
 from spikeattn._cpu.storage import ELEMENT, as_rows, as_values, fill_row, load_row, store_row, target_row
 from spikeattn._cpu.threads import spread
 from spikeattn._leak import has_exact_reciprocal
-from spikeattn.ops.surrogate import CustomSurrogate, Surrogate
+from spikeattn.ops.surrogate import Surrogate
 
 # Neurons of a block: many, since memory is read fastest in long rows, and few enough for every thread to have blocks.
 _WIDEST, _NARROWEST, _FEWEST_BLOCKS = 8192, 64, 32
@@ -182,12 +182,6 @@ def backward_kernel(
     return Kernel(lif_backward, _BACKWARD)
 
 
-@lru_cache(maxsize=64)
-def custom_backward_kernel(plan: tuple, surrogate: CustomSurrogate) -> Kernel:
-    """The backward for one kind of neuron with a user's surrogate."""
-    return backward_kernel(*plan).with_derivative(custom_derivative_row(surrogate.numba))
-
-
 def _divides(tau: float, r_tau: Tensor | None) -> bool:
     """Whether a kernel divides by tau; else it multiplies by the reciprocal."""
     return r_tau is None and not has_exact_reciprocal(tau)
@@ -247,8 +241,7 @@ def lif_backward_cpu(
     blocks = -(-N // width)
     parts = np.empty(blocks)  # of the gradient of r_tau, one a block: their sum does not depend on the threads
     plan = (x.dtype, decay_input, _divides(tau, r_tau), r_tau is not None, v_reset is not None, detach_reset)
-    custom = isinstance(surrogate, CustomSurrogate)
-    kernel = custom_backward_kernel(plan, surrogate) if custom else backward_kernel(*plan)
+    kernel = for_surrogate(backward_kernel, plan, surrogate)
     grad_spikes, grad_stride = as_rows(grad_spikes.to(x.dtype))
     grad_v, grad_v_size = as_values(grad_v)
     has_v_seq = grad_v_seq is not None

@@ -235,10 +235,21 @@ def _(
     return x.new_empty(x.shape), x.new_empty(v0.shape, dtype=dtype), x.new_empty((), dtype=dtype)
 
 
+def or_zero(
+    grad_spikes: Tensor | None, grad_v: Tensor | None, x: Tensor, v0: Tensor, time_steps: int
+) -> tuple[Tensor, Tensor]:
+    """Gradients of spikes and last potential; of one that nobody used, one zero in the place of a tensor of them."""
+    if grad_spikes is None:
+        grad_spikes = x.new_zeros(()).expand(time_steps, *v0.shape)
+    if grad_v is None:
+        grad_v = x.new_zeros((), dtype=state_dtype(x)).expand(v0.shape)
+    return grad_spikes, grad_v
+
+
 def _save(ctx, inputs, output) -> None:
     """Keep the inputs only: the backward computes H again."""
     x, v0, r_tau, *ctx.settings, ctx.return_v_seq, ctx.backend = inputs
-    ctx.set_materialize_grads(False)  # an output that nobody used: one zero instead of a tensor of them
+    ctx.set_materialize_grads(False)  # `or_zero`
     ctx.save_for_backward(x, v0, r_tau)
 
 
@@ -246,9 +257,7 @@ def _backward(ctx, grad_spikes, grad_v, grad_v_seq):
     """Hand over to the registered backward; None for an input that needs no gradient."""
     x, v0, r_tau = ctx.saved_tensors
     grad_v_seq = grad_v_seq if ctx.return_v_seq else None
-    shape = (ctx.settings[0], *v0.shape)
-    grad_spikes = x.new_zeros(()).expand(shape) if grad_spikes is None else grad_spikes
-    grad_v = x.new_zeros((), dtype=state_dtype(x)).expand(v0.shape) if grad_v is None else grad_v
+    grad_spikes, grad_v = or_zero(grad_spikes, grad_v, x, v0, ctx.settings[0])
     grads = lif_backward(grad_spikes, grad_v, grad_v_seq, x, v0, r_tau, *ctx.settings, ctx.backend)
     needed = [grad if need else None for grad, need in zip(grads, ctx.needs_input_grad[:3], strict=True)]
     if needed[1] is not None:

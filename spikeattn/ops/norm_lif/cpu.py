@@ -1,7 +1,7 @@
 """The fused CPU kernels of `norm_lif`: one row at a time over all t, so that all but ``x`` stays in the caches."""
 
 import math
-from functools import cache, lru_cache
+from functools import cache
 
 import numba
 import numpy as np
@@ -12,18 +12,27 @@ from spikeattn._cpu.compiler import SOURCES, Frame, Kernel, memory, next_blocks
 from spikeattn._cpu.memory import empty
 from spikeattn._cpu.neuron import (
     F,
-    custom_derivative_row,
     derivative_row,
+    for_surrogate,
     grad_row,
     neuron_scalars,
     step_row,
     surrogate_scalars,
 )
 from spikeattn._cpu.norm import PARTIAL_SUMS, current_row, grad_norm_row, row_statistics
-from spikeattn._cpu.storage import ELEMENT, as_rows, as_values, fill_row, load_row, store_row, target_row
+from spikeattn._cpu.storage import (
+    ELEMENT,
+    as_rows,
+    as_values,
+    fill_row,
+    load_row,
+    mask_arguments,
+    store_row,
+    target_row,
+)
 from spikeattn._cpu.threads import spread
 from spikeattn._leak import has_exact_reciprocal
-from spikeattn.ops.surrogate import CustomSurrogate, Surrogate
+from spikeattn.ops.surrogate import Surrogate
 
 # Rows are cut into blocks, each with its own sum of the gradients of weight and bias: not too many to sum, and enough
 # for every thread. A block is worked on in groups of rows, since memory is read fastest in long runs.
@@ -192,20 +201,9 @@ def backward_kernel(
     return Kernel(norm_lif_backward, _BACKWARD)
 
 
-@lru_cache(maxsize=64)
-def custom_backward_kernel(plan: tuple, surrogate: CustomSurrogate) -> Kernel:
-    """The backward for one kind of neuron with a user's surrogate."""
-    return backward_kernel(*plan).with_derivative(custom_derivative_row(surrogate.numba))
-
-
 def _as_vector(x: Tensor) -> Tensor:
     """A weight or bias in float32."""
     return x.float().contiguous()
-
-
-def _mask_address(padding_mask: Tensor | None) -> dict[str, int]:
-    """What a frame takes for a contiguous mask."""
-    return {"mask": 0 if padding_mask is None else padding_mask.data_ptr(), "has_mask": padding_mask is not None}
 
 
 def norm_lif_forward_cpu(
@@ -240,7 +238,7 @@ def norm_lif_forward_cpu(
         mean=mean.data_ptr(), rstd=rstd.data_ptr(),
         R=rows, D=D, time_steps=time_steps, steps_of_x=x.shape[0],
         block_rows=in_block, group=group_rows(in_block, D), eps=eps,
-        **_mask_address(padding_mask), **neuron_scalars(tau, None, v_threshold, v_reset),
+        **mask_arguments("mask", padding_mask), **neuron_scalars(tau, None, v_threshold, v_reset),
     )  # fmt: skip
     return spikes, v, mean, rstd
 
@@ -273,8 +271,7 @@ def norm_lif_backward_cpu(
     grad_weight, grad_bias = np.empty((blocks, D), np.float32), np.empty((blocks, D), np.float32)
     segment = max(math.isqrt(time_steps), min(time_steps, _TRAJECTORY // D))
     plan = (x.dtype, decay_input, not has_exact_reciprocal(tau), v_reset is not None, detach_reset)
-    custom = isinstance(surrogate, CustomSurrogate)
-    kernel = custom_backward_kernel(plan, surrogate) if custom else backward_kernel(*plan)
+    kernel = for_surrogate(backward_kernel, plan, surrogate)
     grad_spikes, grad_stride = as_rows(grad_spikes.to(x.dtype))
     grad_v, grad_v_size = as_values(grad_v)
     x, x_stride = as_rows(x)
@@ -290,7 +287,7 @@ def norm_lif_backward_cpu(
         grad_weight=grad_weight.ctypes.data, grad_bias=grad_bias.ctypes.data,
         R=rows, D=D, time_steps=time_steps, steps_of_x=x.shape[0], segment=segment,
         block_rows=in_block, group=group_rows(in_block, D, segment),
-        **_mask_address(padding_mask), **neuron_scalars(tau, None, v_threshold, v_reset),
+        **mask_arguments("mask", padding_mask), **neuron_scalars(tau, None, v_threshold, v_reset),
         **surrogate_scalars(surrogate.name, surrogate.alpha),
     )  # fmt: skip
     total_weight, total_bias = (torch.from_numpy(part.sum(0, dtype=np.float64)) for part in (grad_weight, grad_bias))

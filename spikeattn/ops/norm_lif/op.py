@@ -9,7 +9,7 @@ from torch import Tensor
 from spikeattn import _checks
 from spikeattn._autograd import differentiable
 from spikeattn._backends import Backend, resolve_backend, say_once
-from spikeattn.ops.lif.op import LIFOutput, lif_kernels_take
+from spikeattn.ops.lif.op import LIFOutput, lif_kernels_take, or_zero
 from spikeattn.ops.lif.reference import is_static, state_dtype
 from spikeattn.ops.norm_lif.cuda import fits
 from spikeattn.ops.norm_lif.reference import norm_lif_backward_reference, norm_lif_reference
@@ -207,7 +207,7 @@ def _save(ctx, inputs, output) -> None:
     """Keep the inputs and the statistics of rows: the backward computes currents and potentials again."""
     x, weight, bias, padding_mask, v0, time_steps, _, *settings, ctx.backend = inputs
     ctx.settings = (time_steps, *settings)
-    ctx.set_materialize_grads(False)  # an output that nobody used: one zero instead of a tensor of them
+    ctx.set_materialize_grads(False)  # `or_zero`
     _, _, mean, rstd = output
     ctx.save_for_backward(x, weight, bias, padding_mask, v0, mean, rstd)
 
@@ -216,9 +216,7 @@ def _backward(ctx, grad_spikes, grad_v, grad_mean, grad_rstd):
     """Hand over to the registered backward; mean and rstd are no outputs of the public function."""
     saved = ctx.saved_tensors  # once: non-reentrant checkpointing allows no second look
     x, _, _, _, v0, _, _ = saved
-    shape = (ctx.settings[0], *v0.shape)
-    grad_spikes = x.new_zeros(()).expand(shape) if grad_spikes is None else grad_spikes
-    grad_v = x.new_zeros((), dtype=state_dtype(x)).expand(v0.shape) if grad_v is None else grad_v
+    grad_spikes, grad_v = or_zero(grad_spikes, grad_v, x, v0, ctx.settings[0])
     grads = norm_lif_backward(grad_spikes, grad_v, *saved, *ctx.settings, ctx.backend)
     grad_x, grad_weight, grad_bias, grad_v0 = (
         grad if need else None

@@ -3,36 +3,37 @@
 What is not a spike, and what is too long to gain, goes to matrix products (`reference.attend`).
 """
 
-from functools import cache, lru_cache
+from functools import cache
 
 import numba
 import numpy as np
 import torch
 from torch import Tensor
 
-from spikeattn._cpu.bits import WORD, U, add_plane, attend_row, count_row, fired_word, pack_columns, pack_rows
+from spikeattn._cpu.bits import WORD, U, add_plane, attend_row, count_row, pack_columns, pack_row, pack_rows
 from spikeattn._cpu.compiler import SOURCES, Frame, Kernel, inline, memory, next_blocks
 from spikeattn._cpu.memory import empty
 from spikeattn._cpu.neuron import (
     F,
-    custom_derivative_row,
     derivative_row,
+    for_surrogate,
     grad_row,
     neuron_scalars,
     step_row,
     surrogate_scalars,
 )
-from spikeattn._cpu.storage import ELEMENT, load_row, store_row, target_row
+from spikeattn._cpu.storage import ELEMENT, load_row, mask_arguments, store_row, target_row
 from spikeattn._cpu.threads import spread
 from spikeattn._leak import has_exact_reciprocal
-from spikeattn.ops.surrogate import CustomSurrogate, Surrogate
+from spikeattn.ops.spiking_attention.layout import in_one_piece, rows_in_one_piece, strides
+from spikeattn.ops.surrogate import Surrogate
 
 # Keys; beyond, matrix products are faster (benchmarks, suite "attention"). Causal ones compute twice what counts.
 _LONGEST, _LONGEST_CAUSAL = 64, 128
 _TRAJECTORY = 1 << 18  # floats of H that the backward of a head may keep
 
 _INPUTS = (
-    "q qT qB qH qL k kT kB kH kL v vT vB vH vL scale scaleB scaleH scaleL"
+    "q qT qB qH qL k kT kB kH kL v vT vB vH vL scale scaleT scaleB scaleH scaleL"
     " query_mask has_query_mask key_mask has_key_mask odd T B H L S E is_causal"
 )
 _FORWARD = Frame(f"{_INPUTS} out", "tau v_threshold v_rest")
@@ -56,9 +57,22 @@ def takes_backward(q: Tensor, k: Tensor, scale: Tensor, fire: str | None) -> boo
 
 
 @inline
-def _extent(p_T, p_B, p_H, tokens, T, B, H, L, E):
+def _extent(by_T, by_B, by_H, by_L, T, B, H, L, E):
     """Elements from the first to the last of a tensor with these strides."""
-    return (T - 1) * p_T + (B - 1) * p_B + (H - 1) * p_H + (L - 1) * tokens + E
+    return (T - 1) * by_T + (B - 1) * by_B + (H - 1) * by_H + (L - 1) * by_L + E
+
+
+@inline
+def open_inputs(p, element):
+    """Queries, keys, values, scale, the two masks (empty where there is none) and the flag of what is no spike."""
+    T, B, H, L, S, E = p.T, p.B, p.H, p.L, p.S, p.E
+    q = memory(p.q, _extent(p.qT, p.qB, p.qH, p.qL, T, B, H, L, E), element)
+    k = memory(p.k, _extent(p.kT, p.kB, p.kH, p.kL, T, B, H, S, E), element)
+    v = memory(p.v, _extent(p.vT, p.vB, p.vH, p.vL, T, B, H, S, E), element)
+    scale = memory(p.scale, _extent(p.scaleT, p.scaleB, p.scaleH, p.scaleL, 1, B, H, L, 1), F)
+    query_mask = memory(p.query_mask, B * L if p.has_query_mask else 0, np.bool_)
+    key_mask = memory(p.key_mask, B * S if p.has_key_mask else 0, np.bool_)
+    return q, k, v, scale, query_mask, key_mask, memory(p.odd, 1, np.int64)
 
 
 @inline
@@ -89,13 +103,8 @@ def forward_kernel(storage: torch.dtype, fire: str | None, divides: bool, hard_r
         p = numba.carray(frame, 1, _forward_record)[0]
         T, B, H, L, S, E, is_causal = p.T, p.B, p.H, p.L, p.S, p.E, p.is_causal
         tau, v_threshold, v_rest = F(p.tau), F(p.v_threshold), F(p.v_rest)
-        q = memory(p.q, _extent(p.qT, p.qB, p.qH, p.qL, T, B, H, L, E), element)
-        k = memory(p.k, _extent(p.kT, p.kB, p.kH, p.kL, T, B, H, S, E), element)
-        v = memory(p.v, _extent(p.vT, p.vB, p.vH, p.vL, T, B, H, S, E), element)
-        scale = memory(p.scale, _extent(0, p.scaleB, p.scaleH, p.scaleL, 1, B, H, L, 1), F)
-        query_mask = memory(p.query_mask, B * L if p.has_query_mask else 0, np.bool_)
-        key_mask = memory(p.key_mask, B * S if p.has_key_mask else 0, np.bool_)
-        out, odd = memory(p.out, T * B * L * H * E, element), memory(p.odd, 1, np.int64)
+        q, k, v, scale, query_mask, key_mask, odd = open_inputs(p, element)
+        out = memory(p.out, T * B * L * H * E, element)
         planes = planes_of(E)
         queries, keys = np.empty(L, np.uint64), np.empty(S, np.uint64)
         columns = np.empty(((S + WORD - 1) // WORD, E), np.uint64)
@@ -128,7 +137,7 @@ def forward_kernel(storage: torch.dtype, fire: str | None, divides: bool, hard_r
                             )  # fmt: skip
                             sums[:] = U(0)
                             for begin in range(0, S, WORD):
-                                word = fired_word(spike[begin : min(S, begin + WORD)])
+                                word = pack_row(spike[begin : min(S, begin + WORD)], False)[0]
                                 add_plane(sums, word, columns[begin // WORD], 0)
                             for e in range(E):
                                 result[e] = F(np.int64(sums[e]))
@@ -158,14 +167,9 @@ def backward_kernel(storage: torch.dtype, divides: bool, hard_reset: bool, detac
         p = numba.carray(frame, 1, _backward_record)[0]
         T, B, H, L, S, E, is_causal, kind = p.T, p.B, p.H, p.L, p.S, p.E, p.is_causal, p.kind
         tau, v_threshold, v_rest, a, b_ = F(p.tau), F(p.v_threshold), F(p.v_rest), F(p.a), F(p.b)
-        q = memory(p.q, _extent(p.qT, p.qB, p.qH, p.qL, T, B, H, L, E), element)
-        k = memory(p.k, _extent(p.kT, p.kB, p.kH, p.kL, T, B, H, S, E), element)
-        v = memory(p.v, _extent(p.vT, p.vB, p.vH, p.vL, T, B, H, S, E), element)
+        q, k, v, scale, query_mask, key_mask, odd = open_inputs(p, element)
         grad = memory(p.grad, _extent(p.gradT, p.gradB, p.gradH, p.gradL, T, B, H, L, E), element)
-        scale = memory(p.scale, _extent(0, p.scaleB, p.scaleH, p.scaleL, 1, B, H, L, 1), F)
-        query_mask = memory(p.query_mask, B * L if p.has_query_mask else 0, np.bool_)
-        key_mask = memory(p.key_mask, B * S if p.has_key_mask else 0, np.bool_)
-        out, odd = memory(p.out, T * B * L * H * E, F), memory(p.odd, 1, np.int64)
+        out = memory(p.out, T * B * L * H * E, F)
         planes = planes_of(E)
         queries, keys = np.empty(L, np.uint64), np.empty(S, np.uint64)
         columns = np.empty(((S + WORD - 1) // WORD, E), np.uint64)
@@ -211,20 +215,9 @@ def backward_kernel(storage: torch.dtype, divides: bool, hard_reset: bool, detac
     return Kernel(spiking_attention_backward, _BACKWARD)
 
 
-@lru_cache(maxsize=64)
-def custom_backward_kernel(plan: tuple, surrogate: CustomSurrogate) -> Kernel:
-    """The backward for a user's surrogate."""
-    return backward_kernel(*plan).with_derivative(custom_derivative_row(surrogate.numba))
-
-
-def _rows_of_channels(x: Tensor) -> Tensor:
-    """``x`` with its channels side by side in memory."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-
-
-def _strides(name: str, x: Tensor) -> dict[str, int]:
+def _tensor(name: str, x: Tensor) -> dict[str, int]:
     """Address and strides of [T, B, H, L, E] for a frame."""
-    return {name: x.data_ptr()} | {f"{name}{axis}": x.stride(i) for i, axis in enumerate("TBHL")}
+    return {name: x.data_ptr()} | {f"{name}{axis}": stride for axis, stride in zip("TBHL", strides(x), strict=True)}
 
 
 def _inputs(
@@ -232,19 +225,15 @@ def _inputs(
     k: Tensor,
     v: Tensor,
     scale: Tensor,
-    masks: list[Tensor | None],
+    masks: tuple[Tensor | None, Tensor | None],
     is_causal: bool,
     odd: np.ndarray,
 ) -> dict[str, float]:
     """What both frames take for the inputs; ``masks`` are those of queries and keys."""
-    query_mask, key_mask = masks
     T, B, H, L, E = q.shape
-    scale_strides = [0 if size == 1 else stride for size, stride in zip(scale.shape, scale.stride(), strict=True)]
     return {
-        **_strides("q", q), **_strides("k", k), **_strides("v", v),
-        "scale": scale.data_ptr(), "scaleB": scale_strides[1], "scaleH": scale_strides[2], "scaleL": scale_strides[3],
-        "query_mask": 0 if query_mask is None else query_mask.data_ptr(), "has_query_mask": query_mask is not None,
-        "key_mask": 0 if key_mask is None else key_mask.data_ptr(), "has_key_mask": key_mask is not None,
+        **_tensor("q", q), **_tensor("k", k), **_tensor("v", v), **_tensor("scale", scale),
+        **mask_arguments("query_mask", masks[0]), **mask_arguments("key_mask", masks[1]),
         "odd": odd.ctypes.data, "T": T, "B": B, "H": H, "L": L, "S": k.shape[3], "E": E, "is_causal": is_causal,
     }  # fmt: skip
 
@@ -264,8 +253,8 @@ def spiking_attention_forward_cpu(
 ) -> Tensor | None:
     """`spiking_attention`, [T, B, H, L, E] in memory [T, B, L, H, E]; None if an input is not made of spikes."""
     T, B, H, L, E = q.shape
-    q, k, v = _rows_of_channels(q), _rows_of_channels(k), _rows_of_channels(v)
-    masks = [None if mask is None else mask.contiguous() for mask in (query_padding_mask, key_padding_mask)]
+    q, k, v = rows_in_one_piece(q), rows_in_one_piece(k), rows_in_one_piece(v)
+    masks = in_one_piece(query_padding_mask), in_one_piece(key_padding_mask)
     out, odd = empty((T, B, L, H, E), q.dtype), np.zeros(1, np.int64)
     spread(
         forward_kernel(q.dtype, fire, not has_exact_reciprocal(tau), v_reset is not None), B * H, T * B * H * L * E,
@@ -292,15 +281,14 @@ def neuron_gradient_cpu(
 ) -> Tensor | None:
     """``scale dL/dY`` [T, B, H, L, E] of Y = scale (Q K^T) V that fires; None if an input is not made of spikes."""
     T, B, H, L, E = q.shape
-    grad = _rows_of_channels(grad.to(q.dtype))
-    q, k, v = _rows_of_channels(q), _rows_of_channels(k), _rows_of_channels(v)
-    masks = [None if mask is None else mask.contiguous() for mask in (query_padding_mask, key_padding_mask)]
+    grad = rows_in_one_piece(grad.to(q.dtype))
+    q, k, v = rows_in_one_piece(q), rows_in_one_piece(k), rows_in_one_piece(v)
+    masks = in_one_piece(query_padding_mask), in_one_piece(key_padding_mask)
     out, odd = empty((T, B, H, L, E), torch.float32), np.zeros(1, np.int64)
     plan = (q.dtype, not has_exact_reciprocal(tau), v_reset is not None, detach_reset)
-    custom = isinstance(surrogate, CustomSurrogate)
     spread(
-        custom_backward_kernel(plan, surrogate) if custom else backward_kernel(*plan), B * H, T * B * H * L * E,
-        **_inputs(q, k, v, scale, masks, is_causal, odd), **_strides("grad", grad), out=out.data_ptr(),
+        for_surrogate(backward_kernel, plan, surrogate), B * H, T * B * H * L * E,
+        **_inputs(q, k, v, scale, masks, is_causal, odd), **_tensor("grad", grad), out=out.data_ptr(),
         **neuron_scalars(tau, None, v_threshold, v_reset), **surrogate_scalars(surrogate.name, surrogate.alpha),
     )  # fmt: skip
     return None if odd[0] else out

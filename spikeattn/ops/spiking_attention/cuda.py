@@ -7,7 +7,8 @@ from spikeattn._cuda.launch import Argument, LaunchPlan, launch
 from spikeattn._cuda.neuron import NO_GRADIENT, STORAGE, gradient_constants, neuron_constants, surrogate_scalars
 from spikeattn._cuda.source import Program
 from spikeattn._leak import leak
-from spikeattn.ops.spiking_attention.reference import cheaper_order
+from spikeattn.ops.spiking_attention.layout import in_one_piece, rows_in_one_piece, strides
+from spikeattn.ops.spiking_attention.reference import CHUNK, cheaper_order
 
 BLOCK = 128
 MAX_BLOCKS = 2**16  # far more than any device runs at once; the rest strides
@@ -17,7 +18,6 @@ MAX_CHANNELS = 128  # of a head: 4 words of spikes
 MAX_MAP_KEYS = 512  # where the map fires: the potentials of a query with all of them stay in registers
 
 LANE_SUMS = 16  # sums, or potentials, of a tile that a lane holds at most
-CHUNK = 64  # kChunk in kernels.cu
 STATE_ROWS = 8  # channels of keys a warp of spk_attention_states; divides 32
 
 # What spikeattn.cuh and the neuron need where a kernel has no use for it.
@@ -98,8 +98,8 @@ def attention_forward_cuda(
     (T, B, H, L, E), S, storage = q.shape, k.shape[3], STORAGE[q.dtype]
     out = q.new_empty((T, B, L, H, E))
     state_first = _is_state_first(L, S, E, fire, order, is_causal)
-    q, k, v = (_rows_in_one_piece(x) for x in (q, k, v))
-    masks = _in_one_piece(query_padding_mask), _in_one_piece(key_padding_mask)
+    q, k, v = (rows_in_one_piece(x) for x in (q, k, v))
+    masks = in_one_piece(query_padding_mask), in_one_piece(key_padding_mask)
     odd = torch.zeros(1, dtype=torch.int32, device=q.device)
     operands = _operands(q, k, v, *masks, odd, state_first, is_causal)
     if fire == "map":
@@ -110,7 +110,7 @@ def attention_forward_cuda(
         direction, constants = "forward", (*plan.constants, ("kFires", int(fire == "output")))
     constants += _neuron(tau, v_reset) + NO_GRADIENT
     args: list[Argument] = [*operands, _start(scale), odd, _start(q), _start(k), _start(v), *masks, out]
-    args += [T, B * H, H, L, S, E, *_strides(scale), *_strides(q), *_strides(k), *_strides(v)]
+    args += [T, B * H, H, L, S, E, *strides(scale), *strides(q), *strides(k), *strides(v)]
     args += [leak(tau), float(v_threshold), float(v_reset or 0.0)]
     launch(plan, Program("spiking_attention", direction, storage, constants), args, q.device)
     return out.transpose(2, 3)
@@ -139,10 +139,10 @@ def attention_backward_cuda(
     ``derivative`` is a surrogate's own spelling, as for `lif_backward_cuda`.
     """
     (T, B, H, L, E), S, storage = q.shape, k.shape[3], STORAGE[q.dtype]
-    grad = _rows_in_one_piece(grad.to(q.dtype))
+    grad = rows_in_one_piece(grad.to(q.dtype))
     state_first = _is_state_first(L, S, E, "output", order, is_causal)
-    q, k, v = (_rows_in_one_piece(x) for x in (q, k, v))
-    masks = _in_one_piece(query_padding_mask), _in_one_piece(key_padding_mask)
+    q, k, v = (rows_in_one_piece(x) for x in (q, k, v))
+    masks = in_one_piece(query_padding_mask), in_one_piece(key_padding_mask)
     odd = torch.zeros(1, dtype=torch.int32, device=q.device)
     operands = _operands(q, k, v, *masks, odd, state_first, is_causal)
     out = q.new_empty(q.shape, dtype=torch.float32)
@@ -150,7 +150,7 @@ def attention_backward_cuda(
     constants = (*plan.constants, *_neuron(tau, v_reset))
     constants += gradient_constants(detach_reset, surrogate, derivative)
     args: list[Argument] = [_start(grad), *operands, _start(scale), odd, _start(q), _start(k), _start(v), *masks, out]
-    args += [T, B * H, H, L, S, E, *_strides(scale), *_strides(q), *_strides(k), *_strides(v), *_strides(grad)]
+    args += [T, B * H, H, L, S, E, *strides(scale), *strides(q), *strides(k), *strides(v), *strides(grad)]
     args += [leak(tau), float(v_threshold), float(v_reset or 0.0)]
     args += surrogate_scalars(surrogate, alpha)
     launch(plan, Program("spiking_attention", "backward", storage, constants, derivative), args, q.device)
@@ -190,7 +190,7 @@ def _packed(x: Tensor, padding_mask: Tensor | None, odd: Tensor, transposed: boo
     shape = (T, B, H, groups, 32 * words) if transposed else (T, B, H, L, words)
     packed = x.new_empty(shape, dtype=torch.int32)
     plan = plan_pack(T * B * H * groups, E, storage, transposed)
-    args: list[Argument] = [_start(x), padding_mask, packed, odd, T, B, H, L, E, *_strides(x)]
+    args: list[Argument] = [_start(x), padding_mask, packed, odd, T, B, H, L, E, *strides(x)]
     launch(plan, Program("spiking_attention", "pack", storage, plan.constants + UNUSED), args, x.device)
     return packed
 
@@ -210,20 +210,6 @@ def _neuron(tau: float, v_reset: float | None) -> tuple[tuple[str, int], ...]:
     return ("kVector", 1), *neuron_constants(tau, True, v_reset)
 
 
-def _rows_in_one_piece(x: Tensor) -> Tensor:
-    """``x`` with a stride of 1 along its channels; the other strides go to the kernel by value."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-
-
-def _in_one_piece(padding_mask: Tensor | None) -> Tensor | None:
-    return None if padding_mask is None else padding_mask.contiguous()
-
-
 def _start(x: Tensor) -> Tensor:
     """Where the memory of a strided ``x`` begins."""
     return x.as_strided((1,), (1,))
-
-
-def _strides(x: Tensor) -> list[int]:
-    """Strides of the first four axes, 0 where one number is for all."""
-    return [0 if size == 1 else stride for size, stride in zip(x.shape[:4], x.stride()[:4], strict=True)]

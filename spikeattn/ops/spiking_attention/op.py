@@ -11,6 +11,7 @@ from spikeattn import _checks
 from spikeattn._autograd import differentiable
 from spikeattn._backends import Backend, resolve_backend, say_once
 from spikeattn.ops.lif.op import lif_backward, lif_forward, lif_kernels_take
+from spikeattn.ops.lif.reference import state_dtype
 from spikeattn.ops.spiking_attention.reference import (
     Fire,
     Neuron,
@@ -147,7 +148,7 @@ def attend_by_map(
 
 def as_scale(scale: float | Tensor, q: Tensor) -> Tensor:
     """``scale`` as a tensor of five axes in the dtype of the sums."""
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    dtype = state_dtype(q)
     if not isinstance(scale, Tensor):
         _checks.check_finite("spiking_attention", "scale", scale)
         return torch.full((1, 1, 1, 1, 1), scale, dtype=dtype, device=q.device)
@@ -166,8 +167,7 @@ def _neuron(
     backend: str,
 ) -> Neuron:
     """A LIF layer from rest on a backend."""
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    rest = torch.full((), 0.0 if v_reset is None else v_reset, dtype=dtype, device=q.device)
+    rest = torch.full((), 0.0 if v_reset is None else v_reset, dtype=state_dtype(q), device=q.device)
     settings = (q.shape[0], tau, True, v_threshold, v_reset, detach_reset, surrogate, alpha)
 
     def fire(current: Tensor) -> Tensor:
@@ -265,7 +265,6 @@ def spiking_attention_backward(
         return q.new_zeros(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
     masks = (query_padding_mask, key_padding_mask, key_padding_mask)
     own = (masked(q, query_padding_mask), masked(k, key_padding_mask), masked(v, key_padding_mask))
-    neuron = _neuron(q, tau, v_threshold, v_reset, detach_reset, surrogate, alpha, backend)
     product_grad = None
     if backend == "numba":
         from spikeattn.ops.spiking_attention import cpu
@@ -287,6 +286,7 @@ def spiking_attention_backward(
         if product_grad is not None:
             grads = product_backward(product_grad, *own, is_causal)
         else:
+            neuron = _neuron(q, tau, v_threshold, v_reset, detach_reset, surrogate, alpha, backend)
             grads = attend_backward(grad.to(own[0].dtype), *own, scale, fire, order, is_causal, neuron)
     grad_q, grad_k, grad_v = (masked(g, mask).to(q.dtype).contiguous() for g, mask in zip(grads, masks, strict=True))
     return grad_q, grad_k, grad_v

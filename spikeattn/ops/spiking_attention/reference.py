@@ -12,7 +12,7 @@ from spikeattn.ops.lif.reference import lif_reference, state_dtype
 Fire = Literal["output", "map"]
 Order = Literal["auto", "map_first", "state_first"]
 
-# Tokens of a chunk of causal attention, state first: between chunks only the state passes.
+# Tokens of a chunk of causal attention, state first: between chunks only the state passes. kChunk in kernels.cu.
 CHUNK = 64
 # Where the map fires, so much of it is in memory at once.
 MAP_BYTES = 32 << 20
