@@ -8,6 +8,7 @@ from spikeattn.nn import (
     IF,
     LIF,
     DualSpikeSelfAttention,
+    EventLinear,
     ParametricLIF,
     QKAttention,
     SpatioTemporalAttention,
@@ -22,6 +23,7 @@ from spikeattn.nn import (
     attention_maps,
     firing_rates,
 )
+from spikeattn.ops.event_linear import event_linear
 from spikeattn.ops.lif import LIFOutput, lif
 from spikeattn.ops.norm_lif import norm_lif
 from spikeattn.ops.spiking_attention import AttentionState, spiking_attention, spiking_attention_step
@@ -51,6 +53,7 @@ __all__ = [
     "CustomSurrogate",
     "DualSpikeSelfAttention",
     "Erf",
+    "EventLinear",
     "LIFOutput",
     "ParametricLIF",
     "PiecewiseExp",
@@ -74,6 +77,7 @@ __all__ = [
     "attention_maps",
     "backend_report",
     "backend_status",
+    "event_linear",
     "firing_rates",
     "lif",
     "norm_lif",

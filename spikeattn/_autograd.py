@@ -7,7 +7,10 @@ import torch
 
 
 def differentiable(
-    op: torch.library.CustomOpDef, save: Callable[..., None], gradient: Callable[..., Any]
+    op: torch.library.CustomOpDef,
+    save: Callable[..., None],
+    gradient: Callable[..., Any],
+    save_eagerly: Callable[..., None] | None = None,
 ) -> Callable[..., Any]:
     """Give the registered ``op`` a backward, and return what calls it.
 
@@ -18,6 +21,7 @@ def differentiable(
         op: Made by ``torch.library.custom_op``.
         save: ``save(ctx, inputs, output)``, as in ``torch.library.register_autograd``.
         gradient: ``gradient(ctx, *grads)``, likewise.
+        save_eagerly: What saves outside `torch.compile`, where it may look at values; ``save`` if None.
     """
     op.register_autograd(gradient, setup_context=save)
 
@@ -25,7 +29,7 @@ def differentiable(
         @staticmethod
         def forward(ctx, *inputs):  # with a setup_context, PyTorch would inspect a signature at each call
             output = op(*inputs)
-            save(ctx, inputs, output)
+            (save_eagerly or save)(ctx, inputs, output)
             return output
 
         @staticmethod

@@ -138,6 +138,22 @@ def check_norm(op: str, x: Tensor, weight: Tensor, bias: Tensor, padding_mask: T
             raise ValueError(f"{op}: {name} must be on the device of x, {x.device}, got {other.device}.")
 
 
+def check_linear(op: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """``x`` [*N, inputs], ``weight`` [outputs, inputs] and ``bias`` [outputs] fit."""
+    if weight.ndim != 2 or x.ndim == 0 or x.shape[-1] != weight.shape[1]:
+        shapes = f"{tuple(x.shape)} and {tuple(weight.shape)}"
+        raise ValueError(f"{op}: x must be [*N, inputs] and weight [outputs, inputs], got {shapes}.")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"{op}: bias must have shape {tuple(weight.shape[:1])}, got {tuple(bias.shape)}.")
+    for name, other in (("weight", weight), ("bias", bias)):
+        if other is None:
+            continue
+        if other.device != x.device:
+            raise ValueError(f"{op}: {name} must be on the device of x, {x.device}, got {other.device}.")
+        if other.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+            raise TypeError(f"{op}: {name} must be {x.dtype} as x is, got {other.dtype}. Is autocast off?")
+
+
 def check_attention(
     op: str,
     q: Tensor,

@@ -1,19 +1,26 @@
 """What is installed, and which backend each operation takes here and why."""
 
 import platform
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
 from torch import Tensor
 
-from spikeattn._backends import backend_status
+from spikeattn._backends import Backend, backend_status
+from spikeattn.ops.event_linear.op import event_linear_kernels_take
 from spikeattn.ops.lif.op import lif_kernels_take
 from spikeattn.ops.norm_lif.op import norm_lif_kernels_take
 from spikeattn.ops.surrogate import ATan
 
 _PACKAGES = ("spikeattn", "torch", "spikingjelly", "numba", "cupy-cuda12x", "cupy-cuda13x", "numpy")
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-_TAKES = {"lif": lif_kernels_take, "norm_lif": norm_lif_kernels_take, "spiking_attention": lif_kernels_take}
+_TAKES: dict[str, Callable[[Backend, Tensor], tuple[bool, str]]] = {
+    "lif": lambda name, x: lif_kernels_take(name, x, ATan()),
+    "norm_lif": lambda name, x: norm_lif_kernels_take(name, x, ATan()),
+    "spiking_attention": lambda name, x: lif_kernels_take(name, x, ATan()),
+    "event_linear": event_linear_kernels_take,
+}
 
 
 def backend_report(x: Tensor | None = None) -> str:
@@ -27,7 +34,7 @@ def backend_report(x: Tensor | None = None) -> str:
         takes and, after it, each backend that it passes over with the reason.
 
     Example:
-        >>> print(backend_report(torch.zeros(4, 8, dtype=torch.float64)).splitlines()[-3])
+        >>> print(backend_report(torch.zeros(4, 8, dtype=torch.float64)).splitlines()[2])
         lif, cpu, float64: torch (numba: float64 runs on the plain definition)
     """
     asked = [torch.empty(1, 1, 1, dtype=dtype, device=device) for device in _devices() for dtype in _DTYPES]
@@ -45,7 +52,7 @@ def _line(op: str, x: Tensor) -> str:
     refused = []
     for name, usable, reason in backend_status(x.device):
         if usable and name != "torch":
-            usable, reason = _TAKES[op](name, x, ATan())
+            usable, reason = _TAKES[op](name, x)
         if usable:
             taken = name
             break

@@ -20,6 +20,8 @@ def test_the_command_prints_versions_devices_and_every_choice():
         for dtype in ("float32", "float16", "bfloat16"):
             assert f"{op}, cpu, {dtype}: numba" in lines
         assert f"{op}, cpu, float64: torch (numba: float64 runs on the plain definition)" in lines
+    assert "event_linear, cpu, float32: numba" in lines
+    assert any(line.startswith("event_linear, cpu, bfloat16: torch (numba: only float32") for line in lines)
 
 
 def test_a_missing_backend_is_named_with_its_reason(monkeypatch):
@@ -30,8 +32,8 @@ def test_a_missing_backend_is_named_with_its_reason(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_one_input_is_answered_as_the_call_decides(dtype):
     x = torch.zeros(3, 4, 5, dtype=dtype)
-    said = backend_report(x).splitlines()[-3:]
-    assert [line.partition(",")[0] for line in said] == ["lif", "norm_lif", "spiking_attention"]
+    said = backend_report(x).splitlines()[-4:]
+    assert [line.partition(",")[0] for line in said] == ["lif", "norm_lif", "spiking_attention", "event_linear"]
     for line in said:
         taken = line.partition(": ")[2].split(" ")[0]
         spikeattn.lif(x, backend=taken)

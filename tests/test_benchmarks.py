@@ -21,7 +21,10 @@ def test_every_suite_runs_at_size_1():
     assert sum(line.startswith("T=2 rows=4 D=16") for line in lines) == 2
     assert sum(line.startswith("T=2 B=1 H=2 L=3 E=4") for line in lines) == 2
     assert sum(line.startswith("tiny: T=2") for line in lines) == 2
-    assert all("SpikingJelly 2.0.0" in line for line in lines)
+    linear = [line for line in lines if line.startswith("8 rows, 16 to 16")]
+    assert len(linear) == 5
+    assert all("torch.nn.Linear" in line for line in linear)
+    assert all("SpikingJelly 2.0.0" in line for line in lines if line not in linear)
 
 
 def test_ratios_are_the_peers_time_over_ours():

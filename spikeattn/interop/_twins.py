@@ -9,6 +9,7 @@ import torch
 from spikingjelly.activation_based import functional, surrogate
 from torch import Tensor
 
+from spikeattn.ops.event_linear.op import unpacked
 from spikeattn.ops.spiking_attention.reference import product
 from spikeattn.ops.surrogate import surrogate_of
 
@@ -111,6 +112,33 @@ class AttentionTwin:
 
     def grads(self) -> tuple[Tensor]:
         """Gradient of the output."""
+        return (self.call.grad,)
+
+
+class LinearTwin:
+    """``torch.nn.functional.linear``."""
+
+    passed_over: Tensor | None = None
+
+    def __init__(self, call: SimpleNamespace) -> None:
+        self.call = call
+        weight = call.weight
+        forward = hasattr(call, "bias")
+        x = unpacked(call.fired, weight.shape[1]) if call.x is None else call.x
+        self.x = x.detach().requires_grad_(not forward and call.needs_x)
+        self.weight = weight.detach().requires_grad_(not forward and call.needs_weight)
+        self.bias = call.bias if forward else None
+
+    def inputs(self) -> list[Tensor]:
+        """What a gradient is asked for."""
+        return [x for x in (self.x, self.weight) if x.requires_grad]
+
+    def run(self) -> tuple[Tensor]:
+        """The output."""
+        return (torch.nn.functional.linear(self.x, self.weight, self.bias),)
+
+    def grads(self) -> tuple[Tensor]:
+        """Its gradient."""
         return (self.call.grad,)
 
 

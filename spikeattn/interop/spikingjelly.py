@@ -22,9 +22,10 @@ from spikingjelly.activation_based.neuron import BaseNode
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from spikeattn.interop._twins import AttentionTwin, NeuronTwin, Twin
+from spikeattn.interop._twins import AttentionTwin, LinearTwin, NeuronTwin, Twin
 from spikeattn.interop.swap import swap_attention as swap_attention
 from spikeattn.nn.neuron import IF, LIF, ParametricLIF
+from spikeattn.ops.event_linear.op import event_linear_backward, event_linear_forward
 from spikeattn.ops.lif.op import lif_backward, lif_forward
 from spikeattn.ops.lif.reference import state_dtype
 from spikeattn.ops.norm_lif.op import norm_lif_backward, norm_lif_forward
@@ -131,6 +132,7 @@ def _rules(kind: type) -> Rules:
         (lif_forward, lif_backward, NeuronTwin),
         (norm_lif_forward, norm_lif_backward, NeuronTwin),
         (spiking_attention_forward, spiking_attention_backward, AttentionTwin),
+        (event_linear_forward, event_linear_backward, LinearTwin),
     ):
         for operation, count in ((forward, _count_forward), (backward, _count_backward)):
             overload = operation._opoverload

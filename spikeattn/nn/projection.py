@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from spikeattn import _checks
 from spikeattn._backends import Backend
 from spikeattn.nn.alive import norm_gain
+from spikeattn.nn.linear import EventLinear
 from spikeattn.nn.neuron import LIF
 
 Norm = Literal["layer", "batch"]
@@ -28,6 +29,11 @@ class SpikingOptions(NamedTuple):
     backend: Backend
     device: torch.device | str | None
     dtype: torch.dtype | None
+
+    def linear(self, in_features: int, out_features: int) -> EventLinear:
+        """A linear layer with these options; a backend that has no kernel for it leaves the choice open."""
+        backend: Backend = "torch" if self.backend == "torch" else "auto"
+        return EventLinear(in_features, out_features, device=self.device, dtype=self.dtype, backend=backend)
 
     def lif(self, v_threshold: float) -> LIF:
         """A multi-step LIF layer with these options."""
@@ -117,7 +123,7 @@ class NormedLinear(nn.Module):
 
     def __init__(self, in_features: int, out_features: int, options: SpikingOptions, lif: LIF) -> None:
         super().__init__()
-        self.linear = nn.Linear(in_features, out_features, device=options.device, dtype=options.dtype)
+        self.linear = options.linear(in_features, out_features)
         self.norm = _norm(out_features, options)
         _start(self.norm, lif, options.init, self.linear)
 
@@ -148,7 +154,7 @@ class SpikingLinear(SpikingNorm):
     def __init__(self, in_features: int, out_features: int, options: SpikingOptions) -> None:
         nn.Module.__init__(self)
         # Before the norm, as in the equation: parameters keep this order in every state and optimizer.
-        self.linear = nn.Linear(in_features, out_features, device=options.device, dtype=options.dtype)
+        self.linear = options.linear(in_features, out_features)
         self.norm = _norm(out_features, options)
         self.lif = options.lif(options.v_threshold)
         self.init = options.init

@@ -69,7 +69,7 @@ def attend(q, k, v, scale, is_causal=False):
 
 
 def with_their_nodes(model: nn.Module) -> nn.Module:
-    """A copy of the model with spikingjelly's neurons, and matmul, in the place of ours."""
+    """A copy of the model with spikingjelly's neurons, matmul and PyTorch's Linear in the place of ours."""
     model = copy.deepcopy(model)
     for module in list(model.modules()):
         for name, child in module.named_children():
@@ -77,7 +77,16 @@ def with_their_nodes(model: nn.Module) -> nn.Module:
                 setattr(module, name, MatmulAttention(child))
             if isinstance(child, spikeattn.LIF):
                 setattr(module, name, NormedNode(child))
+            if isinstance(child, spikeattn.EventLinear):
+                setattr(module, name, plain_linear(child))
     return model
+
+
+def plain_linear(ours: spikeattn.EventLinear) -> nn.Linear:
+    """PyTorch's layer with the parameters of ours."""
+    theirs = nn.Linear(ours.in_features, ours.out_features)
+    theirs.weight, theirs.bias = ours.weight, ours.bias
+    return theirs
 
 
 def totals(model, x, counter, backward, calls=1):

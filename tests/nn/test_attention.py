@@ -22,8 +22,8 @@ def tokens(lengths, longest, dtype=torch.float64):
     return torch.randn(T, len(lengths), longest, D, dtype=dtype), mask
 
 
-def make(norm="layer", **kwargs):
-    return SpikingTransformer(D, 2, H, norm=norm, dtype=torch.float64, **kwargs)
+def make(norm="layer", dtype=torch.float64, **kwargs):
+    return SpikingTransformer(D, 2, H, norm=norm, dtype=dtype, **kwargs)
 
 
 @given(
@@ -31,10 +31,11 @@ def make(norm="layer", **kwargs):
     extra=st.integers(1, 3),
     fire=st.sampled_from(["output", "map"]),
     causal=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
 )
-def test_padding_never_changes_a_token(lengths, extra, fire, causal):
-    model = make(fire=fire, is_causal=causal).eval()
-    x, mask = tokens(lengths, max(lengths) + extra)
+def test_padding_never_changes_a_token(lengths, extra, fire, causal, dtype):
+    model = make(dtype=dtype, fire=fire, is_causal=causal).eval()
+    x, mask = tokens(lengths, max(lengths) + extra, dtype)
     padded = model(x, mask)
     for b, n in enumerate(lengths):
         assert torch.equal(padded[:, b : b + 1, :n], model(x[:, b : b + 1, :n]))

@@ -17,14 +17,15 @@ def stream(model, x, cuts, mask=None):
     return torch.cat(outs, dim=2)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("fire", ["output", "map"])
 @pytest.mark.parametrize("norm", ["layer", "batch"])
 @pytest.mark.parametrize("init", ["alive", "published"])
 @pytest.mark.parametrize("cuts", [range(1, 12), [5], [1, 2, 9]], ids=["tokens", "halves", "pieces"])
-def test_a_stream_equals_the_whole_pass(fire, norm, init, cuts):
-    options = {"fire": fire, "norm": norm, "init": init, "is_causal": True, "dtype": torch.float64}
+def test_a_stream_equals_the_whole_pass(dtype, fire, norm, init, cuts):
+    options = {"fire": fire, "norm": norm, "init": init, "is_causal": True, "dtype": dtype}
     model = SpikingTransformer(32, depth=2, num_heads=4, **options).eval()
-    x = torch.randn(4, 2, 12, 32, dtype=torch.float64) * 3
+    x = torch.randn(4, 2, 12, 32, dtype=dtype) * 3
     whole = model(x)
     assert torch.equal(stream(model, x, list(cuts)), whole)
     assert (whole != x).any() or init == "published"  # whose running averages are no statistics yet

@@ -1,0 +1,169 @@
+"""Products of a matrix with rows of numbers, in vector registers: what loops of numba would keep in memory.
+
+A matrix comes in tiles: ``tile[k, o]`` is the weight of input k for output o of ``TILE`` outputs, in one piece. Every
+output is its start, to which the products are added in the order of the inputs, each with one rounding (a fused
+multiply-add). So its bits depend on nothing else: not on the other rows, nor on whether inputs of zero are passed over.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import llvmlite.binding as llvm
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+TILE = 64  # outputs
+ROWS = 6  # that are multiplied together, so that a weight is loaded once for all of them
+
+_FLOAT, _INT32, _INT64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
+
+
+_HOST = llvm.get_host_cpu_features()
+# Why these products cannot run fast here; empty if they can.
+WHY_NOT = "" if _HOST.get("fma", _HOST.get("neon", False)) else "the processor has no fused multiply-add"
+
+
+def _lanes() -> tuple[int, int]:
+    """Floats of a vector register, and how many registers of outputs fit beside ``ROWS`` rows."""
+    if _HOST.get("avx512f"):
+        return 16, 4
+    return (8, 2) if _HOST.get("avx") else (4, 4)
+
+
+_WIDTH, _REGISTERS = _lanes()
+STRIP = _WIDTH * _REGISTERS  # outputs of `multiply_rows`
+_VECTOR = ir.VectorType(_FLOAT, _WIDTH)
+
+
+def _index(number: int) -> ir.Constant:
+    return ir.Constant(_INT64, number)
+
+
+def _floats(builder: Any, address: Any) -> Any:
+    """An address as a pointer to floats."""
+    return builder.inttoptr(address, _FLOAT.as_pointer())
+
+
+def _vectors(builder: Any, first: Any, count: int) -> list[Any]:
+    """Pointers to ``count`` vectors from ``first`` on."""
+    starts = [builder.gep(first, [_index(i * _WIDTH)]) for i in range(count)]
+    return [builder.bitcast(start, _VECTOR.as_pointer()) for start in starts]
+
+
+def _load(builder: Any, first: Any, count: int) -> list[Any]:
+    return [builder.load(pointer, align=4) for pointer in _vectors(builder, first, count)]
+
+
+def _store(builder: Any, first: Any, values: list[Any]) -> None:
+    for pointer, value in zip(_vectors(builder, first, len(values)), values, strict=True):
+        builder.store(value, pointer, align=4)
+
+
+def _spread(builder: Any, number: Any) -> Any:
+    """A vector of one number."""
+    undefined = ir.Constant(_VECTOR, ir.Undefined)
+    first = builder.insert_element(undefined, number, ir.Constant(_INT32, 0))
+    return builder.shuffle_vector(first, undefined, ir.Constant(ir.VectorType(_INT32, _WIDTH), [0] * _WIDTH))
+
+
+def _fma(builder: Any, a: Any, b: Any, c: Any) -> Any:
+    kind = ir.FunctionType(_VECTOR, [_VECTOR] * 3)
+    return builder.call(cgutils.get_or_insert_function(builder.module, kind, f"llvm.fma.v{_WIDTH}f32"), [a, b, c])
+
+
+def _accumulate(builder: Any, count: Any, starts: list[Any], step: Callable[[Any, list[Any]], list[Any]]) -> list[Any]:
+    """``for i in range(count): sums = step(i, sums)``, the sums in registers."""
+    before = builder.block
+    head, body, end = (builder.append_basic_block(name) for name in ("head", "body", "end"))
+    builder.branch(head)
+    builder.position_at_end(head)
+    i = builder.phi(_INT64)
+    sums = [builder.phi(_VECTOR) for _ in starts]
+    builder.cbranch(builder.icmp_signed("<", i, count), body, end)
+    builder.position_at_end(body)
+    after = step(i, sums)
+    for phi, first, then in zip([i, *sums], [_index(0), *starts], [builder.add(i, _index(1)), *after], strict=True):
+        phi.add_incoming(first, before)
+        phi.add_incoming(then, body)
+    builder.branch(head)
+    builder.position_at_end(end)
+    return sums
+
+
+@intrinsic
+def add_events(context, tile, events, count, start, out):
+    """``out[:TILE] = start + sum of tile[k]`` over ``count`` inputs k in ``events`` (int32); all are addresses."""
+
+    def codegen(context, builder, signature, args):
+        tile, events, count, start, out = args
+        tile, numbers = _floats(builder, tile), builder.inttoptr(events, _INT32.as_pointer())
+
+        def step(i, sums):
+            k = builder.zext(builder.load(builder.gep(numbers, [i])), _INT64)
+            row = _load(builder, builder.gep(tile, [builder.mul(k, _index(TILE))]), len(sums))
+            return [builder.fadd(total, own) for total, own in zip(sums, row, strict=True)]
+
+        starts = _load(builder, _floats(builder, start), TILE // _WIDTH)
+        _store(builder, _floats(builder, out), _accumulate(builder, count, starts, step))
+
+    return types.void(*[types.int64] * 5), codegen
+
+
+@intrinsic
+def add_weighted_events(context, tile, events, values, count, start, out):
+    """`add_events` of ``values[i] * tile[k]``."""
+
+    def codegen(context, builder, signature, args):
+        tile, events, values, count, start, out = args
+        tile, numbers = _floats(builder, tile), builder.inttoptr(events, _INT32.as_pointer())
+        values = _floats(builder, values)
+
+        def step(i, sums):
+            k = builder.zext(builder.load(builder.gep(numbers, [i])), _INT64)
+            value = _spread(builder, builder.load(builder.gep(values, [i])))
+            row = _load(builder, builder.gep(tile, [builder.mul(k, _index(TILE))]), len(sums))
+            return [_fma(builder, value, own, total) for total, own in zip(sums, row, strict=True)]
+
+        starts = _load(builder, _floats(builder, start), TILE // _WIDTH)
+        _store(builder, _floats(builder, out), _accumulate(builder, count, starts, step))
+
+    return types.void(*[types.int64] * 6), codegen
+
+
+@intrinsic
+def multiply_rows(context, tile, x, inputs, start, out, out_stride):
+    """``out[r, :STRIP] = start + x[r] @ tile[:, :STRIP]`` for ``ROWS`` rows of ``inputs`` numbers."""
+
+    def codegen(context, builder, signature, args):
+        tile, x, inputs, start, out, out_stride = args
+        tile, x, out = (_floats(builder, address) for address in (tile, x, out))
+        rows = [builder.gep(x, [builder.mul(inputs, _index(r))]) for r in range(ROWS)]
+
+        def step(k, sums):
+            weights = _load(builder, builder.gep(tile, [builder.mul(k, _index(TILE))]), _REGISTERS)
+            after = []
+            for r, row in enumerate(rows):
+                value = _spread(builder, builder.load(builder.gep(row, [k])))
+                own = sums[r * _REGISTERS : (r + 1) * _REGISTERS]
+                after += [_fma(builder, value, weight, total) for weight, total in zip(weights, own, strict=True)]
+            return after
+
+        starts = _load(builder, _floats(builder, start), _REGISTERS) * ROWS
+        sums = _accumulate(builder, inputs, starts, step)
+        for r in range(ROWS):
+            first = builder.gep(out, [builder.mul(out_stride, _index(r))])
+            _store(builder, first, sums[r * _REGISTERS : (r + 1) * _REGISTERS])
+
+    return types.void(*[types.int64] * 6), codegen
+
+
+@intrinsic
+def lowest_bit(context, word):
+    """The position of the lowest bit that is set in an unsigned 64-bit word which is not 0."""
+
+    def codegen(context, builder, signature, args):
+        return builder.cttz(args[0], ir.Constant(ir.IntType(1), 1))
+
+    return types.int64(types.uint64), codegen
