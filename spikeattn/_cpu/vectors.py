@@ -133,30 +133,37 @@ def add_weighted_events(context, tile, events, values, count, start, out):
 
 
 @intrinsic
-def multiply_rows(context, tile, x, inputs, start, out, out_stride):
-    """``out[r, :STRIP] = start + x[r] @ tile[:, :STRIP]`` for ``ROWS`` rows of ``inputs`` numbers."""
+def multiply_rows(context, tile, x, row_stride, step_stride, steps, start, start_stride, out, out_stride):
+    """``out[r, :STRIP] = start[r] + x[r] @ tile[:, :STRIP]`` for ``ROWS`` rows of ``steps`` numbers.
+
+    ``x[r, k]`` lies at ``x + r * row_stride + k * step_stride``; strides count floats.
+    """
 
     def codegen(context, builder, signature, args):
-        tile, x, inputs, start, out, out_stride = args
-        tile, x, out = (_floats(builder, address) for address in (tile, x, out))
-        rows = [builder.gep(x, [builder.mul(inputs, _index(r))]) for r in range(ROWS)]
+        tile, x, start, out = (_floats(builder, args[i]) for i in (0, 1, 5, 7))
+        row_stride, step_stride, steps, start_stride, out_stride = (args[i] for i in (2, 3, 4, 6, 8))
+
+        def rows(first, stride):
+            return [builder.gep(first, [builder.mul(stride, _index(r))]) for r in range(ROWS)]
+
+        numbers = rows(x, row_stride)
 
         def step(k, sums):
             weights = _load(builder, builder.gep(tile, [builder.mul(k, _index(TILE))]), _REGISTERS)
+            at = builder.mul(k, step_stride)
             after = []
-            for r, row in enumerate(rows):
-                value = _spread(builder, builder.load(builder.gep(row, [k])))
+            for r, row in enumerate(numbers):
+                value = _spread(builder, builder.load(builder.gep(row, [at])))
                 own = sums[r * _REGISTERS : (r + 1) * _REGISTERS]
                 after += [_fma(builder, value, weight, total) for weight, total in zip(weights, own, strict=True)]
             return after
 
-        starts = _load(builder, _floats(builder, start), _REGISTERS) * ROWS
-        sums = _accumulate(builder, inputs, starts, step)
-        for r in range(ROWS):
-            first = builder.gep(out, [builder.mul(out_stride, _index(r))])
-            _store(builder, first, sums[r * _REGISTERS : (r + 1) * _REGISTERS])
+        starts = [vector for row in rows(start, start_stride) for vector in _load(builder, row, _REGISTERS)]
+        sums = _accumulate(builder, steps, starts, step)
+        for r, row in enumerate(rows(out, out_stride)):
+            _store(builder, row, sums[r * _REGISTERS : (r + 1) * _REGISTERS])
 
-    return types.void(*[types.int64] * 6), codegen
+    return types.void(*[types.int64] * 9), codegen
 
 
 @intrinsic

@@ -27,12 +27,13 @@ U = np.uint64
 DENSE = 0.45
 _MOST_ROWS = 16 * ROWS  # of a block: their inputs stay in the L1 cache, and a tile of weights is read once for them
 _STRETCH = 16  # floats of one cache line
-_CHUNK = 512  # rows whose gradients of one tile lie in the L2 cache
+_CHUNK = 128  # rows whose gradients of one tile, and events, lie in the L2 cache
+_MOST_WORDS, _MOST_TILES = 4, 8  # of inputs and outputs whose gradients are added up together
 _WORK_OF_A_STEP = 16  # multiply-adds that take as long as a neuron's step, for `spread`
 
 _TILES = Frame("weight row_stride column_stride out inputs outputs")
 _FORWARD = Frame("x weight bias y fired has_fired tally rows inputs outputs block_rows")
-_BACKWARD = Frame("grad grad_weight x fired has_fired rows inputs outputs group")
+_BACKWARD = Frame("grad grad_weight fired rows inputs outputs slice group")
 _tiles_record, _forward_record, _backward_record = _TILES.record, _FORWARD.record, _BACKWARD.record
 
 
@@ -136,8 +137,8 @@ def forward_kernel() -> Kernel:
                         out, stride = (p.y + 4 * at, outputs) if width == TILE else (last_tile.ctypes.data, TILE)
                         for strip in range(0, TILE, STRIP):
                             multiply_rows(
-                                weight + 4 * strip, p.x + 4 * (lo + r) * inputs, inputs,
-                                bias + 4 * strip, out + 4 * strip, stride,
+                                weight + 4 * strip, p.x + 4 * (lo + r) * inputs, inputs, 1, inputs,
+                                bias + 4 * strip, 0, out + 4 * strip, stride,
                             )  # fmt: skip
                         if width < TILE:
                             for own in range(ROWS):
@@ -165,49 +166,38 @@ def weight_gradient_kernel() -> Kernel:
     def event_linear_backward(frame):
         _ = sources
         p = numba.carray(frame, 1, _backward_record)[0]
-        rows, inputs, outputs, group, has_fired = p.rows, p.inputs, p.outputs, p.group, p.has_fired
+        rows, inputs, outputs, most_inputs, most_tiles = p.rows, p.inputs, p.outputs, p.slice, p.group
         words_of_row = (inputs + WORD - 1) // WORD
         tiles = (outputs + TILE - 1) // TILE
-        grad = memory(p.grad, rows * outputs, F)
-        x = memory(p.x, 0 if has_fired else rows * inputs, F)
-        fired = memory(p.fired, rows * words_of_row if has_fired else 0, U)
-        events, values = np.empty((WORD, _CHUNK + 1), np.int32), np.empty((WORD, _CHUNK + 1), F)
-        counts = np.empty(WORD, np.int64)
-        grad_tile = np.empty((_CHUNK, TILE), F)
+        groups = (tiles + most_tiles - 1) // most_tiles
+        grad, fired = memory(p.grad, rows * outputs, F), memory(p.fired, rows * words_of_row, U)
+        events, counts = np.empty((most_inputs, _CHUNK), np.int32), np.empty(most_inputs, np.int64)
+        grad_tiles = np.zeros((most_tiles, _CHUNK, TILE), F)
         first, last = next_blocks(frame, p.pieces, p.blocks, 0)
         while first < last:
             for block in range(first, last):
-                word, tile_group = block % words_of_row, block // words_of_row
-                own_inputs = min(WORD, inputs - word * WORD)
+                low, first_tile = block // groups * most_inputs, block % groups * most_tiles
+                n_inputs, n_tiles = min(most_inputs, inputs - low), min(most_tiles, tiles - first_tile)
+                n_outputs = min(outputs - first_tile * TILE, n_tiles * TILE)
                 for begin in range(0, rows, _CHUNK):
                     n = min(_CHUNK, rows - begin)
                     counts[:] = 0
                     for r in range(n):
-                        if has_fired:
-                            bits = fired[(begin + r) * words_of_row + word]
+                        at = (begin + r) * words_of_row + low // WORD
+                        for w in range((n_inputs + WORD - 1) // WORD):
+                            bits = fired[at + w]
                             while bits != U(0):
-                                k = lowest_bit(bits)
+                                k = w * WORD + lowest_bit(bits)
                                 bits &= bits - U(1)
                                 events[k, counts[k]] = r
                                 counts[k] += 1
-                        else:
-                            for k in range(own_inputs):  # written always, kept if it is not zero
-                                value = x[(begin + r) * inputs + word * WORD + k]
-                                events[k, counts[k]], values[k, counts[k]] = r, value
-                                counts[k] += value != F(0.0)
-                    for tile in range(tile_group * group, min(tiles, (tile_group + 1) * group)):
-                        width = min(TILE, outputs - tile * TILE)
-                        for r in range(n):
-                            at = (begin + r) * outputs + tile * TILE
-                            grad_tile[r, :width] = grad[at : at + width]
-                            grad_tile[r, width:] = F(0.0)
-                        for k in range(own_inputs):
-                            out = p.grad_weight + 4 * ((word * WORD + k) * tiles + tile) * TILE
-                            of_tile, listed = grad_tile.ctypes.data, events[k].ctypes.data
-                            if has_fired:
-                                add_events(of_tile, listed, counts[k], out, out)
-                            else:
-                                add_weighted_events(of_tile, listed, values[k].ctypes.data, counts[k], out, out)
+                        at = (begin + r) * outputs + first_tile * TILE
+                        for o in range(n_outputs):
+                            grad_tiles[o // TILE, r, o % TILE] = grad[at + o]
+                    for tile in range(n_tiles):
+                        for k in range(n_inputs):
+                            out = p.grad_weight + 4 * ((low + k) * tiles + first_tile + tile) * TILE
+                            add_events(grad_tiles[tile].ctypes.data, events[k].ctypes.data, counts[k], out, out)
             first, last = next_blocks(frame, p.pieces, p.blocks, 1)
 
     return Kernel(event_linear_backward, _BACKWARD)
@@ -249,19 +239,26 @@ def linear_cpu(x: Tensor, weight: Tensor, bias: Tensor | None, keep: bool) -> tu
     return y, fired, torch.tensor([int(tally[:, 0].sum()), int(tally[:, 1].all())])
 
 
-def weight_gradient_cpu(grad: Tensor, x: Tensor | None, fired: Tensor, inputs: int) -> Tensor:
-    """``grad.T @ x`` [outputs, inputs] of ``grad`` [rows, outputs], with ``x`` [rows, inputs] or the bits of it."""
+def _slice(inputs: int, tiles: int) -> int:
+    """Inputs of a block: all, so that gradients are read once, or so few that every thread has blocks."""
+    words = min(_MOST_WORDS, -(-inputs // WORD))
+    while words > 1 and tiles * -(-inputs // (words * WORD)) < 2 * torch.get_num_threads():
+        words = (words + 1) // 2
+    return words * WORD
+
+
+def weight_gradient_cpu(grad: Tensor, fired: Tensor, inputs: int) -> Tensor:
+    """``grad.T @ x`` [outputs, inputs] of ``grad`` [rows, outputs] and the bits of ``x`` [rows, inputs]."""
     rows, outputs = grad.shape
-    tiles, words = -(-outputs // TILE), -(-inputs // WORD)
+    tiles = -(-outputs // TILE)
+    own = _slice(inputs, tiles)
+    slices = -(-inputs // own)
+    # As many tiles in one block as leave every thread some: they share lists of events.
+    group = min(max(1, tiles * slices // (2 * torch.get_num_threads())), tiles, _MOST_TILES)
     grad_weight = torch.zeros(inputs, tiles * TILE)
-    # As many tiles in one block as leave every thread some: they share a list of events.
-    group = max(1, tiles * words // (4 * torch.get_num_threads()))
-    group = min(group, tiles)
-    source = fired if x is None else x
     spread(
-        weight_gradient_kernel(), words * -(-tiles // group), rows * inputs * outputs // _WORK_OF_A_STEP,
-        grad=grad.data_ptr(), grad_weight=grad_weight.data_ptr(),
-        x=source.data_ptr(), fired=source.data_ptr(), has_fired=x is None,
-        rows=rows, inputs=inputs, outputs=outputs, group=group,
+        weight_gradient_kernel(), slices * -(-tiles // group), rows * inputs * outputs // _WORK_OF_A_STEP,
+        grad=grad.data_ptr(), grad_weight=grad_weight.data_ptr(), fired=fired.data_ptr(),
+        rows=rows, inputs=inputs, outputs=outputs, slice=own, group=group,
     )  # fmt: skip
     return grad_weight[:, :outputs].t().contiguous()

@@ -10,7 +10,7 @@ from spikeattn._autograd import differentiable
 from spikeattn._backends import Backend, resolve_backend
 
 _WORD = 64  # bits in which a kernel keeps what fired
-# From this share of inputs that are not zero on, the gradient of the weights is a plain matrix product.
+# From this share of spikes on, the gradient of the weights is a plain matrix product, as it is for other numbers.
 _DENSE = 0.5
 
 
@@ -119,10 +119,10 @@ def event_linear_backward(
     if needs_weight:
         inputs = weight.shape[1]
         count, spikes = tally.tolist()
-        if count > _DENSE * grad.shape[0] * inputs:
-            grad_weight = grad.t() @ (unpacked(fired, inputs) if x is None else x)
+        if spikes and count <= _DENSE * grad.shape[0] * inputs:
+            grad_weight = weight_gradient_cpu(grad, fired, inputs)
         else:
-            grad_weight = weight_gradient_cpu(grad, None if spikes else x, fired, inputs)
+            grad_weight = grad.t() @ (unpacked(fired, inputs) if x is None else x)
     return grad_x, grad_weight
 
 
