@@ -1,10 +1,14 @@
 """The modality level (paper, III-A1): a projection and the context of the dialogue."""
 
+from collections.abc import Sequence
+from typing import cast
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from spikemo_model.config import Context, ModalityConfig
+from spikemo_model.recurrent import RepeatedProduct
 
 
 class DialogueCell(nn.Module):
@@ -38,28 +42,73 @@ class DialogueCell(nn.Module):
 
         No party speaks at padding (``mask`` False).
         """
-        B, L, D = u.shape
-        parties = int(speakers.max()) + 1
-        speaking = nn.functional.one_hot(speakers, parties).bool().unsqueeze(-1)  # [B, L, P, 1]
-        g, e, context = (u.new_zeros(B, D) for _ in range(3))
-        p = u.new_zeros(B, parties, D)
-        weighted, total = u.new_zeros(B, D), u.new_zeros(B, 1)
-        highest = u.new_full((B, 1), -torch.inf)
-        states = []
-        for t in range(L):
-            own = p.gather(1, speakers[:, t, None, None].expand(B, 1, D)).squeeze(1)
-            g = self.g_cell(torch.cat([u[:, t], own], dim=-1), g)
-            spoken = self.p_cell(torch.cat([u[:, t], context], dim=-1), own)
-            own = torch.where(mask[:, t, None], spoken, own)
-            p = torch.where(speaking[:, t], own.unsqueeze(1), p)
-            e = self.e_cell(own, e)
-            states.append(e)
-            score = self.attention(g)
-            above = torch.maximum(highest, score)
-            fade, weight = torch.exp(highest - above), torch.exp(score - above)
-            weighted, total, highest = weighted * fade + weight * g, total * fade + weight, above
-            context = weighted / total
-        return torch.stack(states, dim=1)
+        return advance([self], u[None], speakers[None], mask[None])[0]
+
+
+def advance(
+    cells: Sequence[DialogueCell],
+    u: Float[Tensor, "M B L D"],
+    speakers: Int[Tensor, "M B L"],
+    mask: Bool[Tensor, "M B L"],
+) -> Float[Tensor, "M B L D"]:
+    """Emotion states of M cells, cell m on ``u[m]``, which all go from utterance to utterance together.
+
+    What needs no state, the cells' products with ``u``, is one product for all utterances. The emotion states, which
+    nothing else depends on, follow the others.
+    """
+    M, B, L, D = u.shape
+    parties = int(speakers.max()) + 1
+    speaking = nn.functional.one_hot(speakers, parties).bool().unsqueeze(-1)  # [M, B, L, P, 1]
+
+    def stacked(name: str) -> Tensor:
+        return torch.stack([cell.get_parameter(name) for cell in cells])
+
+    def of_all(x: Tensor, weight: Tensor, bias: Tensor) -> Sequence[Tensor]:
+        """``x`` [M, B, L, D] times ``weight`` [M, D, E], plus ``bias`` [M, E], by utterance [M, B, E]."""
+        product = torch.baddbmm(bias.unsqueeze(1), x.flatten(1, 2), weight)
+        return product.view(M, B, L, -1).unbind(2)  # one gradient for all: an index would fill one of zeros a step
+
+    g_of_u, g_of_own = stacked("g_cell.weight_ih").mT.split(D, dim=1)  # each [M, D, 3 D]
+    p_of_u, p_of_context = stacked("p_cell.weight_ih").mT.split(D, dim=1)
+    bias = torch.cat([stacked("g_cell.bias_ih"), stacked("p_cell.bias_ih")], dim=1)
+    from_u = of_all(u, torch.cat([g_of_u, p_of_u], dim=2), bias)
+    from_own = RepeatedProduct(torch.cat([g_of_own, stacked("p_cell.weight_hh").mT], dim=2))
+    from_g = RepeatedProduct(stacked("g_cell.weight_hh").mT)
+    from_context = RepeatedProduct(p_of_context)
+    g_bias, p_bias, e_bias = (stacked(f"{name}_cell.bias_hh").unsqueeze(1) for name in "gpe")
+    attention = stacked("attention.weight").mT
+
+    g, context, weighted, e = (u.new_zeros(M, B, D) for _ in range(4))
+    p, total = u.new_zeros(M, B, parties, D), u.new_zeros(M, B, 1)
+    highest = u.new_full((M, B, 1), -torch.inf)
+    spoken, states = [], []
+    for t in range(L):
+        own = p.gather(2, speakers[:, :, t, None, None].expand(M, B, 1, D)).squeeze(2)
+        g_from_u, p_from_u = from_u[t].split(3 * D, dim=-1)
+        g_from_own, p_from_own = from_own(own).split(3 * D, dim=-1)
+        g = _gru(g_from_u + g_from_own, from_g(g) + g_bias, g)
+        after = _gru(p_from_u + from_context(context), p_from_own + p_bias, own)
+        own = torch.where(mask[:, :, t, None], after, own)
+        p = torch.where(speaking[:, :, t], own.unsqueeze(2), p)
+        spoken.append(own)
+        score = torch.bmm(g, attention)
+        above = torch.maximum(highest, score)
+        fade, weight = torch.exp(highest - above), torch.exp(score - above)
+        weighted, total, highest = weighted * fade + weight * g, total * fade + weight, above
+        context = weighted / total
+    from_e = RepeatedProduct(stacked("e_cell.weight_hh").mT)
+    for from_spoken in of_all(torch.stack(spoken, 2), stacked("e_cell.weight_ih").mT, stacked("e_cell.bias_ih")):
+        e = _gru(from_spoken, from_e(e) + e_bias, e)
+        states.append(e)
+    return torch.stack(states, 2)
+
+
+def _gru(from_input: Tensor, from_state: Tensor, state: Tensor) -> Tensor:
+    """A step of a GRU of its products [..., 3 D] with input and state, biases included (torch.nn.GRUCell)."""
+    D = state.shape[-1]
+    reset, update = torch.sigmoid(from_input[..., : 2 * D] + from_state[..., : 2 * D]).chunk(2, dim=-1)
+    new = torch.tanh(from_input[..., 2 * D :] + reset * from_state[..., 2 * D :])
+    return new + update * (state - new)
 
 
 class DialogueRNN(nn.Module):
@@ -82,13 +131,33 @@ class DialogueRNN(nn.Module):
         self, u: Float[Tensor, "B L D"], speakers: Int[Tensor, "B L"], mask: Bool[Tensor, "B L"]
     ) -> Float[Tensor, "B L D"]:
         """Contextual features [B, L, D]; an utterance's depend on its own dialogue's utterances only."""
-        e = self.forward_cell(u, speakers, mask)
-        if self.reverse_cell is not None and self.merge is not None:
-            order = reversed_order(mask)  # its own inverse
-            wide = order.unsqueeze(-1).expand_as(u)
-            reverse = self.reverse_cell(u.gather(1, wide), speakers.gather(1, order), mask).gather(1, wide)
-            e = self.merge(torch.cat([e, reverse * mask.unsqueeze(-1)], dim=-1))
-        return torch.relu(self.dropout(e))
+        return together([self], [u], speakers, mask)[0]
+
+
+def together(
+    contexts: Sequence[DialogueRNN], utterances: Sequence[Tensor], speakers: Tensor, mask: Tensor
+) -> list[Tensor]:
+    """What each of ``contexts`` makes of its ``utterances`` [B, L, D]; all directions of all advance at once."""
+    order = reversed_order(mask)  # its own inverse
+    wide = order.unsqueeze(-1).expand_as(utterances[0])
+    cells, inputs, speaks = [], [], []
+    for context, u in zip(contexts, utterances, strict=True):
+        cells.append(context.forward_cell)
+        inputs.append(u)
+        speaks.append(speakers)
+        if context.reverse_cell is not None:
+            cells.append(context.reverse_cell)
+            inputs.append(u.gather(1, wide))
+            speaks.append(speakers.gather(1, order))
+    states = iter(advance(cells, torch.stack(inputs), torch.stack(speaks), mask.expand(len(cells), *mask.shape)))
+    outs = []
+    for context in contexts:
+        e = next(states)
+        if context.merge is not None:
+            reverse = next(states).gather(1, wide)
+            e = context.merge(torch.cat([e, reverse * mask.unsqueeze(-1)], dim=-1))
+        outs.append(torch.relu(context.dropout(e)))
+    return outs
 
 
 class GRUContext(nn.Module):
@@ -149,9 +218,25 @@ class ModalityEncoder(nn.Module):
         elif context != "none":
             self.context = DialogueRNN(dim, context == "bidirectional", dropout)
 
+    def project(self, features: Float[Tensor, "B L F"]) -> Float[Tensor, "B L D"]:
+        """``features`` at the width of the model."""
+        return self.dropout(self.projection(self.input_dropout(features)))
+
+
+class ModalityEncoders(nn.ModuleDict):
+    """The `ModalityEncoder` of each modality, by name; those that are DialogueRNNs go through the dialogue together."""
+
     def forward(
-        self, features: Float[Tensor, "B L F"], speakers: Int[Tensor, "B L"], mask: Bool[Tensor, "B L"]
-    ) -> Float[Tensor, "B L D"]:
-        """``features`` [B, L, F] to [B, L, D]."""
-        u = self.dropout(self.projection(self.input_dropout(features)))
-        return u if self.context is None else self.context(u, speakers, mask)
+        self, features: dict[str, Float[Tensor, "B L F"]], speakers: Int[Tensor, "B L"], mask: Bool[Tensor, "B L"]
+    ) -> dict[str, Float[Tensor, "B L D"]]:
+        """``features`` [B, L, F] of every modality to [B, L, D]."""
+        encoders = cast("dict[str, ModalityEncoder]", dict(self.items()))
+        encoded = {name: encoder.project(features[name]) for name, encoder in encoders.items()}
+        recurrent = {name: e.context for name, e in encoders.items() if isinstance(e.context, DialogueRNN)}
+        if recurrent:
+            inputs = [encoded[name] for name in recurrent]
+            encoded |= zip(recurrent, together(list(recurrent.values()), inputs, speakers, mask), strict=True)
+        for name, encoder in encoders.items():
+            if isinstance(encoder.context, GRUContext):
+                encoded[name] = encoder.context(encoded[name], speakers, mask)
+        return encoded

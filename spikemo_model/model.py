@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from spikemo_model.batch import DialogueBatch
 from spikemo_model.config import SpikEmoConfig
-from spikemo_model.context import ModalityEncoder
+from spikemo_model.context import ModalityEncoder, ModalityEncoders
 from spikemo_model.dswa import DynamicSpikingWeightAdaptation
 from spikemo_model.fusion import Classifier, MultiAttn
 
@@ -45,7 +45,7 @@ class SpikEmo(nn.Module):
         super().__init__()
         self.config = config
         names = list(config.modalities)
-        self.encoders = nn.ModuleDict(
+        self.encoders = ModalityEncoders(
             {
                 name: ModalityEncoder(modality, config.dim, config.dropout, config.input_dropout)
                 for name, modality in config.modalities.items()
@@ -70,10 +70,9 @@ class SpikEmo(nn.Module):
         Raises:
             ValueError: A modality is missing from the batch, or its features have another width.
         """
-        encoded = {}
-        for name, encoder in self.encoders.items():
+        for name in self.encoders:
             self._check(batch, name)
-            encoded[name] = encoder(batch.features[name], batch.speakers, batch.mask)
+        encoded = self.encoders(batch.features, batch.speakers, batch.mask)
         adapted = self._adapt(encoded, batch.mask)
         fused = self.fusion(adapted, None if self.config.published_behaviour else batch.mask)
         return SpikEmoOutput(self.classifier(fused), fused)

@@ -5,8 +5,15 @@ import torch
 from model_helpers import random_batch
 
 from spikeattn import LIF
-from spikemo_model.config import DSWAConfig, FusionConfig
-from spikemo_model.context import DialogueCell, DialogueRNN, GRUContext, reversed_order
+from spikemo_model.config import DSWAConfig, FusionConfig, ModalityConfig
+from spikemo_model.context import (
+    DialogueCell,
+    DialogueRNN,
+    GRUContext,
+    ModalityEncoder,
+    ModalityEncoders,
+    reversed_order,
+)  # fmt: skip
 from spikemo_model.dswa import DynamicSpikingWeightAdaptation
 from spikemo_model.fusion import MultiAttn
 
@@ -68,6 +75,19 @@ def test_the_reverse_direction_reads_each_dialogue_from_its_own_end():
             dim=-1,
         )
         torch.testing.assert_close(out[b, :n], torch.relu(rnn.merge(both)), rtol=1e-12, atol=1e-12)
+
+
+def test_modalities_that_advance_together_do_not_meet():
+    contexts = ["bidirectional", "none", "forward", "gru", "bidirectional"]
+    configs = {f"m{i}": ModalityConfig(5 + i, context) for i, context in enumerate(contexts)}
+    encoders = ModalityEncoders({name: ModalityEncoder(config, D) for name, config in configs.items()}).double()
+    batch = random_batch([7, 4])
+    features = {name: torch.randn(2, 7, config.features, dtype=torch.float64) for name, config in configs.items()}
+    encoded = encoders(features, batch.speakers, batch.mask)
+    assert list(encoded) == list(features)
+    for name, encoder in encoders.items():
+        alone = ModalityEncoders({name: encoder})(features, batch.speakers, batch.mask)[name]
+        torch.testing.assert_close(encoded[name], alone, rtol=1e-12, atol=1e-12)
 
 
 def test_reversed_order_is_its_own_inverse():
