@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,10 +17,14 @@ class DataError(ValueError):
 
 
 class TextFeatures(NamedTuple):
-    """Features of transcripts: [rows, F] by split, in the order of the transcripts, and what they are in words."""
+    """Features of transcripts: [rows, F] by split, in the order of the transcripts, and what they are in words.
+
+    ``extractor`` is what made them, as in `Corpus`; empty if it cannot do so again.
+    """
 
     rows: dict[str, Tensor]
     about: str
+    extractor: dict[str, Any] = {}  # noqa: RUF012 - never changed
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,8 @@ class Corpus:
         about: What each modality's features are, by modality; goes into the report.
         notes: What a reader of the results must know; goes into the report.
         standardised: Mean and standard deviation that were taken out of each modality (`standardise`).
+        extractors: By modality, what made its features and can make them for other conversations: "name", and its
+            settings, as JSON has them; a modality of which that is not known is left out.
 
     Raises:
         DataError: A split is missing or empty, a dialogue is empty, a label is unknown, features are missing, of
@@ -71,6 +77,7 @@ class Corpus:
     about: dict[str, str]
     notes: tuple[str, ...] = ()
     standardised: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    extractors: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Check everything that training relies on, before it starts."""
@@ -151,13 +158,17 @@ def standardise(corpus: Corpus, modalities: Sequence[str], limit: float = 5.0) -
         constants[name] = mean.float(), torch.where(std > 1e-6 * x.abs().amax(0), std, torch.inf).float()
 
     def scaled(d: Conversation) -> Conversation:
-        changed = {
-            name: ((d.features[name] - mean) / std).clamp(-limit, limit) for name, (mean, std) in constants.items()
-        }
+        changed = {name: scaled_by(d.features[name], own, limit) for name, own in constants.items()}
         return replace(d, features={**d.features, **changed})
 
     splits = {split: tuple(map(scaled, dialogues)) for split, dialogues in corpus.splits.items()}
     return replace(corpus, splits=splits, standardised={**corpus.standardised, **constants})
+
+
+def scaled_by(x: Tensor, constants: tuple[Tensor, Tensor], limit: float = 5.0) -> Tensor:
+    """Features [rows, F] without the mean [F] and standard deviation [F] of ``constants``, as in `standardise`."""
+    mean, std = constants
+    return ((x - mean) / std).clamp(-limit, limit)
 
 
 def collate(dialogues: Sequence[Conversation]) -> DialogueBatch:

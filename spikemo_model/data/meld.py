@@ -50,8 +50,11 @@ def read_meld(
     if isinstance(text, str):
         rows_of = {split: _read_array(root / f"{name}_text_minilm.npz", text) for split, name in FILES.items()}
         text = TextFeatures(rows_of, f"MiniLM sentence vectors, {text}")
+    extractors = {}
     if text is not None:
         about["text"] = text.about
+        if text.extractor:
+            extractors["text"] = text.extractor
         for split in FILES:
             features[split]["text"] = text.rows[split]
     if audio is not None:
@@ -63,7 +66,7 @@ def read_meld(
     if not about:
         raise ValueError("read_meld: choose text, audio or both.")
     splits = {split: _dialogues(rows[split], features[split], root / f"{FILES[split]}_sent_emo.csv") for split in rows}
-    return Corpus("MELD", MELD_EMOTIONS, splits, about, _repeated_scenes(splits))
+    return Corpus("MELD", MELD_EMOTIONS, splits, about, _repeated_scenes(splits), extractors=extractors)
 
 
 def read_transcripts(root: Path) -> dict[str, list[str]]:

@@ -20,8 +20,9 @@ _FORMAT = "spikemo-features-1"
 def save_corpus(corpus: Corpus, folder: Path) -> None:
     """Write ``corpus`` to a new ``folder``; it appears complete or not at all.
 
-    Layout: ``features.safetensors`` holds ``<split>/<modality>`` [utterances, F] and ``<split>/labels``;
-    ``index.json`` names the dialogues of each split in the order of the rows.
+    Layout: ``features.safetensors`` holds ``<split>/<modality>`` [utterances, F] and ``<split>/labels``, and
+    ``mean/<modality>`` and ``std/<modality>`` [F] of what was standardised; ``index.json`` names the dialogues of each
+    split in the order of the rows.
 
     Raises:
         FileExistsError: ``folder`` is there already.
@@ -34,6 +35,7 @@ def save_corpus(corpus: Corpus, folder: Path) -> None:
         "classes": corpus.classes,
         "about": corpus.about,
         "notes": corpus.notes,
+        "extractors": corpus.extractors,
         "splits": {},
     }
     tensors = {}
@@ -45,6 +47,8 @@ def save_corpus(corpus: Corpus, folder: Path) -> None:
         tensors[f"{split}/labels"] = torch.cat([d.labels for d in dialogues])
         for name in corpus.about:
             tensors[f"{split}/{name}"] = torch.cat([d.features[name] for d in dialogues])
+    for name, (mean, std) in corpus.standardised.items():
+        tensors |= {f"mean/{name}": mean, f"std/{name}": std}
     folder.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
@@ -82,11 +86,13 @@ def load_corpus(folder: Path) -> Corpus:
     try:
         splits = {split: _read_split(index, tensors, split) for split in SPLITS}
         parts = index["name"], tuple(index["classes"]), splits, index["about"], tuple(index["notes"])
+        extractors = index.get("extractors", {})
+        constants = {m: (tensors[f"mean/{m}"], tensors[f"std/{m}"]) for m in index["about"] if f"mean/{m}" in tensors}
     except (KeyError, TypeError, RuntimeError) as error:
         raise DataError(
             f"feature store: {folder / _INDEX} and {_FEATURES} do not fit together ({error!r}). Make the store again."
         ) from error
-    return Corpus(*parts)
+    return Corpus(*parts, constants, extractors)
 
 
 def _read_split(index: dict[str, Any], tensors: dict[str, torch.Tensor], split: str) -> tuple[Conversation, ...]:

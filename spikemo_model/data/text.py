@@ -2,6 +2,7 @@
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import torch
 from sklearn.decomposition import TruncatedSVD
@@ -36,14 +37,15 @@ def text_features(texts: dict[str, list[str]], encoder: str | None = None) -> Te
         return TextFeatures(ngram_features(texts), _NGRAMS)
     try:
         rows = encoder_features(texts, encoder or DEFAULT_ENCODER)
-        return TextFeatures(rows, f"{encoder or DEFAULT_ENCODER}, mean over tokens")
+        name = encoder or DEFAULT_ENCODER
+        return TextFeatures(rows, f"{name}, mean over tokens", {"name": "encoder_features", "encoder": name})
     except (ImportError, OSError, ValueError) as error:  # an empty or foreign folder is a ValueError to transformers
         if encoder is not None:
             raise OSError(
-                f"text_features: the encoder {encoder!r} cannot be loaded ({_first_line(error)}). Install the extra "
+                f"text_features: the encoder {encoder!r} cannot be loaded ({first_line(error)}). Install the extra "
                 '"features", give a local folder with its weights, or choose "ngrams".'
             ) from error
-        logger.warning("text: %s cannot be loaded (%s); hashed n-grams instead", DEFAULT_ENCODER, _first_line(error))
+        logger.warning("text: %s cannot be loaded (%s); hashed n-grams instead", DEFAULT_ENCODER, first_line(error))
         return TextFeatures(ngram_features(texts), _NGRAMS)
 
 
@@ -83,11 +85,7 @@ def encoder_features(texts: dict[str, list[str]], encoder: str, batch_size: int 
         ImportError: transformers is not installed.
         OSError: The encoder cannot be loaded.
     """
-    from transformers import AutoModel, AutoTokenizer
-
-    local = Path(encoder).is_dir()
-    tokenizer = AutoTokenizer.from_pretrained(encoder, local_files_only=local)
-    model = AutoModel.from_pretrained(encoder, local_files_only=local, use_safetensors=True).eval()
+    tokenizer, model = load_encoder(encoder)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device)
     features = {}
@@ -105,6 +103,27 @@ def encoder_features(texts: dict[str, list[str]], encoder: str, batch_size: int 
     return features
 
 
-def _first_line(error: BaseException) -> str:
+def load_encoder(encoder: str) -> tuple[Any, Any]:
+    """Tokenizer and model, for evaluation, of a Hugging Face encoder; nothing of its own code is run.
+
+    Raises:
+        ImportError: transformers is not installed.
+        OSError: The encoder cannot be loaded, or lacks weights.
+        ValueError: The folder holds no encoder.
+    """
+    from transformers import AutoModel, AutoTokenizer
+
+    local = Path(encoder).is_dir()
+    tokenizer = AutoTokenizer.from_pretrained(encoder, local_files_only=local)
+    model, info = AutoModel.from_pretrained(
+        encoder, local_files_only=local, use_safetensors=True, output_loading_info=True
+    )
+    missing = [name for name in info["missing_keys"] if not name.startswith("pooler.")]  # unused here, often left out
+    if missing:
+        raise OSError(f"it lacks {len(missing)} weights, {missing[0]} among them")
+    return tokenizer, model.eval()
+
+
+def first_line(error: BaseException) -> str:
     """First line of an error's message."""
     return (str(error).splitlines() or [type(error).__name__])[0]

@@ -247,6 +247,17 @@ def test_a_store_gives_back_what_was_saved(tmp_path, data):
         save_corpus(corpus, tmp_path / corpus.name)
 
 
+def test_a_store_keeps_how_its_features_were_made(tmp_path):
+    extractors = {"text": {"name": "encoder_features", "encoder": "roberta-base"}}
+    corpus = replace(standardise(synthetic_corpus(4), ["text", "visual"]), extractors=extractors)
+    save_corpus(corpus, tmp_path / "store")
+    stored = load_corpus(tmp_path / "store")
+    assert stored.extractors == extractors
+    assert set(stored.standardised) == {"text", "visual"}
+    for name, constants in corpus.standardised.items():
+        assert all(map(torch.equal, stored.standardised[name], constants))
+
+
 def test_a_store_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr("spikemo_model.data.store.save_file", lambda *a: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
