@@ -78,7 +78,7 @@ class FusionConfig:
     """MultiAttn (paper, III-B).
 
     Args:
-        layers: Layers a modality.
+        layers: Layers a modality; 0 leaves the fusion to the concatenation in the classifier.
         num_heads: Heads of each attention.
         hidden: Width inside the feed-forward stage.
         keys: Where keys and values come from in every layer: the "features" that enter the fusion (the authors'
@@ -92,7 +92,7 @@ class FusionConfig:
 
     def __post_init__(self) -> None:
         """Check ranges."""
-        _require(self.layers >= 1, self, "layers must be at least 1", self.layers)
+        _require(self.layers >= 0, self, "layers must be at least 0", self.layers)
         _require(self.hidden >= 1, self, "hidden must be at least 1", self.hidden)
         _require(self.keys in ("features", "layer"), self, 'keys must be "features" or "layer"', self.keys)
 
@@ -159,6 +159,10 @@ class LossConfig:
         label_smoothing: Share of the target spread over all classes in cross-entropy; 0 in the paper.
         balance: How far cross-entropy makes up for unequal classes: logits are trained with ``balance * log(share)``
             added (Menon et al. 2021, arXiv:2007.07314, eq. 10), from 0, as in the paper, to 1 for balanced error.
+        contrastive_weight: Weight of MultiEMO's `focal_contrastive` loss; 0 in the paper.
+        contrastive_temperature: Its temperature, > 0 (dimensionless).
+        contrastive_focus: Its exponent of (1 - p), >= 1.
+        contrastive_balance: Its exponent of one over a class's share.
     """
 
     ce_weight: float = 1.0
@@ -169,14 +173,21 @@ class LossConfig:
     dice_gamma: float = 0.5
     label_smoothing: float = 0.0
     balance: float = 0.0
+    contrastive_weight: float = 0.0
+    contrastive_temperature: float = 0.8
+    contrastive_focus: float = 2.0
+    contrastive_balance: float = 0.8
 
     def __post_init__(self) -> None:
         """Check ranges."""
-        weights = (self.ce_weight, self.dice_weight, self.corr_weight)
+        weights = (self.ce_weight, self.dice_weight, self.corr_weight, self.contrastive_weight)
         _require(min(weights) >= 0 and max(weights) > 0, self, "weights must be >= 0, one of them > 0", weights)
         _require(self.dice_gamma > 0, self, "dice_gamma must be > 0", self.dice_gamma)
         _require(0 <= self.label_smoothing < 1, self, "label_smoothing must be in [0, 1)", self.label_smoothing)
         _require(0 <= self.balance <= 1, self, "balance must be in [0, 1]", self.balance)
+        temperature, focus = self.contrastive_temperature, self.contrastive_focus
+        _require(temperature > 0, self, "contrastive_temperature must be > 0", temperature)
+        _require(focus >= 1, self, "contrastive_focus must be at least 1", focus)
 
 
 @dataclass(frozen=True)

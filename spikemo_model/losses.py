@@ -1,4 +1,4 @@
-"""The three terms of the loss (paper, III-C): each a function of what the model returns."""
+"""The terms of the loss (paper, III-C; the last is MultiEMO's): each a function of what the model returns."""
 
 from itertools import combinations
 from typing import NamedTuple
@@ -17,6 +17,7 @@ class LossTerms(NamedTuple):
     ce: Tensor
     dice: Tensor
     corr: Tensor
+    contrastive: Tensor
 
 
 def cross_entropy(
@@ -61,6 +62,43 @@ def soft_hgr(x: Float[Tensor, "N D"], y: Float[Tensor, "N D"]) -> Float[Tensor, 
     return spread / 2 - agreement
 
 
+def focal_contrastive(
+    features: Float[Tensor, "N D"],
+    labels: Int[Tensor, "N"],
+    class_shares: Float[Tensor, "C"],
+    temperature: float = 0.8,
+    focus: float = 2.0,
+    balance: float = 0.8,
+) -> Float[Tensor, ""]:
+    """Sample-weighted focal contrastive loss, mean over N utterances; 0 for fewer than two.
+
+    With p_ij the softmax over j != i of ``z_i . z_j / temperature``, z the features at length 1, each utterance gives
+    ``-w_i`` times the mean of ``(1 - p_ij)^focus log p_ij`` over the j of its own class, or 0 if there are none.
+
+    Source: Shi and Huang 2023 (MultiEMO, ACL 2023.acl-long.824), with the constants of its code.
+
+    Args:
+        features: [N, D].
+        labels: [N], in 0 ... C - 1.
+        class_shares: [C], each class's share of the training utterances, > 0; w is ``share^-balance``, scaled to a
+            sum of 1 over the classes.
+        temperature: Divides the similarities, > 0 (dimensionless).
+        focus: Exponent that pushes easy pairs down, >= 1.
+        balance: Exponent that pushes rare classes up.
+    """
+    N = len(labels)
+    if N < 2:
+        return features.new_zeros(())
+    z = torch.nn.functional.normalize(features, dim=-1)
+    itself = torch.eye(N, dtype=torch.bool, device=z.device)
+    log_p = torch.log_softmax((z @ z.T / temperature).masked_fill(itself, -torch.inf), dim=-1)
+    alike = (labels == labels.unsqueeze(-1)) & ~itself
+    log_p = log_p.masked_fill(~alike, 0.0)
+    pairs = (1 - log_p.exp()) ** focus * log_p
+    weights = torch.nn.functional.normalize(class_shares**-balance, p=1, dim=0)
+    return -(weights[labels] * pairs.sum(-1) / alike.sum(-1).clamp_min(1)).mean()
+
+
 def spikemo_loss(
     logits: Float[Tensor, "N C"],
     fused: dict[str, Float[Tensor, "N D"]],
@@ -72,10 +110,15 @@ def spikemo_loss(
 
     Args:
         logits: [N, C].
-        fused: Fused features [N, D] by modality; the correlation is the weighted sum over their pairs (eq. 8).
+        fused: Fused features [N, D] by modality; the correlation is the weighted sum over their pairs (eq. 8), the
+            contrastive loss takes them side by side (MultiEMO: after a linear layer more).
         labels: [N].
         config: Weights and constants.
-        class_shares: [C], each class's share of the training utterances, > 0; what ``config.balance`` needs.
+        class_shares: [C], each class's share of the training utterances, > 0; what ``config.balance`` and the
+            contrastive loss need.
+
+    Raises:
+        ValueError: The contrastive loss has a weight, but there are no shares.
     """
     zero = logits.new_zeros(())
     balanced = logits if class_shares is None else logits + config.balance * class_shares.log()
@@ -87,4 +130,11 @@ def spikemo_loss(
         weights = config.corr_pair_weights or (1.0,) * len(pairs)
         corr = sum((a * soft_hgr(x, y) for a, (x, y) in zip(weights, pairs, strict=True)), zero)
     total = config.ce_weight * ce + config.dice_weight * dice + config.corr_weight * corr
-    return LossTerms(total, ce, dice, corr)
+    contrastive = zero
+    if config.contrastive_weight:
+        if class_shares is None:
+            raise ValueError("spikemo_loss: contrastive_weight needs class_shares, got None.")
+        constants = config.contrastive_temperature, config.contrastive_focus, config.contrastive_balance
+        contrastive = focal_contrastive(torch.cat(list(fused.values()), dim=-1), labels, class_shares, *constants)
+        total = total + config.contrastive_weight * contrastive
+    return LossTerms(total, ce, dice, corr, contrastive)

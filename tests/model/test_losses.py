@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from spikemo_model.config import LossConfig
-from spikemo_model.losses import cross_entropy, self_adjusting_dice, soft_hgr, spikemo_loss
+from spikemo_model.losses import cross_entropy, focal_contrastive, self_adjusting_dice, soft_hgr, spikemo_loss
 
 
 def test_cross_entropy_by_hand():
@@ -95,3 +95,43 @@ def test_balance_takes_the_shares_out_of_what_the_logits_learn():
     drawn = torch.tensor([0] * 7 + [1] * 2 + [2])
     spikemo_loss(free.expand(10, 3), {}, drawn, LossConfig(balance=1.0), shares).total.backward()
     assert free.grad.abs().max() < 1e-12
+
+
+def test_focal_contrastive_is_its_equation():
+    x, shares = torch.randn(6, 4, dtype=torch.float64), torch.tensor([0.6, 0.3, 0.1], dtype=torch.float64)
+    labels = [0, 1, 0, 2, 1, 0]
+    weights = [share**-0.8 for share in shares.tolist()]
+    z = [row / row.norm() for row in x]
+    wanted = 0.0
+    for i in range(6):
+        similar = {j: math.exp((z[i] @ z[j]).item() / 0.5) for j in range(6) if j != i}
+        p = [s / sum(similar.values()) for j, s in similar.items() if labels[j] == labels[i]]
+        if p:
+            pull = sum((1 - each) ** 2 * math.log(each) for each in p) / len(p)
+            wanted -= weights[labels[i]] / sum(weights) * pull / 6
+    got = focal_contrastive(x, torch.tensor(labels), shares, temperature=0.5)
+    assert got.item() == pytest.approx(wanted, rel=1e-12)
+    assert focal_contrastive(x[:1], torch.tensor(labels[:1]), shares).item() == 0.0
+    assert focal_contrastive(3 * x, torch.tensor(labels), shares, 0.5).item() == pytest.approx(wanted, rel=1e-12)
+
+
+def test_focal_contrastive_has_the_right_gradient_also_without_a_pair():
+    x = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
+    shares = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda z: focal_contrastive(z, torch.tensor([0, 1, 0, 2, 1]), shares), (x,))
+    lonely = focal_contrastive(x[:3], torch.tensor([0, 1, 2]), shares)
+    assert lonely.item() == 0.0
+    assert torch.equal(torch.autograd.grad(lonely, x)[0], torch.zeros_like(x))
+
+
+def test_focal_contrastive_enters_the_sum_with_its_weight_and_needs_the_shares():
+    logits, labels = torch.randn(9, 3, dtype=torch.float64), torch.randint(3, (9,))
+    fused = {name: torch.randn(9, 5, dtype=torch.float64) for name in ("a", "b")}
+    shares = torch.tensor([0.7, 0.2, 0.1], dtype=torch.float64)
+    config = LossConfig(0.3, contrastive_weight=0.4)
+    terms = spikemo_loss(logits, fused, labels, config, shares)
+    contrastive = focal_contrastive(torch.cat([fused["a"], fused["b"]], dim=1), labels, shares)
+    assert terms.contrastive.item() == contrastive.item() > 0
+    assert terms.total.item() == pytest.approx((0.3 * terms.ce + 0.4 * contrastive).item(), rel=1e-12)
+    with pytest.raises(ValueError, match="contrastive_weight needs class_shares"):
+        spikemo_loss(logits, fused, labels, config)
