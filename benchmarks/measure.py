@@ -1,14 +1,17 @@
 """Interleaved timing: A B A B ..., on the same inputs, in one process."""
 
+import ctypes
 import statistics
 import time
 from collections.abc import Callable
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from benchmarks.registry import Case, Contender
+from spikeattn._cpu import memory
 
 _L2_BYTES = 256 * 2**20
 
@@ -82,13 +85,44 @@ def copy_bandwidth(device: str, nbytes: int = 2**28) -> float:
     return 2 * nbytes / times.median
 
 
+def peak_bytes(run: Callable[[], object], device: str) -> int | None:
+    """The most memory that ``run`` has in use beyond what was in use before; None where nothing tells."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    try:
+        memory.release()
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")  # the peak from here on
+        before = _status_bytes("VmRSS")
+        run()
+        return _status_bytes("VmHWM") - before
+    except (OSError, AttributeError):  # no Linux, or not allowed
+        return None
+
+
+def _status_bytes(name: str) -> int:
+    """An entry of this process's memory, in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
+
+
 def measure(case: Case, device: str, seconds: float) -> dict[str, object]:
     """Times and memory of every contender of a case, as plain values."""
     contenders = [case.ours, *case.peers]
-    row: dict[str, object] = {"case": case.name, "sizes": case.sizes, "ours": case.ours.name, "absent": case.absent}
+    row: dict[str, Any] = {"case": case.name, "sizes": case.sizes, "ours": case.ours.name, "absent": case.absent}
     row["bytes"] = {"forward": case.forward_bytes, "training": case.training_bytes}
+    row["items"] = case.items
+    row["peak_bytes"] = {}
     for what in ("forward", "training"):
-        times = interleaved({c.name: getattr(c, what) for c in contenders}, device, seconds)
+        runs = {c.name: run for c in contenders if (run := getattr(c, what)) is not None}
+        if not runs:
+            continue
+        times = interleaved(runs, device, seconds)
         row[what] = {
             name: {
                 "first_s": t.first,
@@ -99,7 +133,8 @@ def measure(case: Case, device: str, seconds: float) -> dict[str, object]:
             }
             for name, t in times.items()
         }
-    row["kept_bytes"] = {c.name: kept_bytes(c.output) for c in contenders}
+        row["peak_bytes"][what] = {name: peak_bytes(run, device) for name, run in runs.items()}
+    row["kept_bytes"] = {c.name: kept_bytes(c.output) for c in contenders if c.output is not None}
     return row
 
 

@@ -13,14 +13,14 @@ class Contender:
     Args:
         name: E.g. "spikeattn numba".
         forward: Runs inference.
-        training: Runs forward and backward; returns nothing.
+        training: Runs forward and backward; returns nothing. None where there is only inference.
         output: Of one forward pass with gradients, so that what is kept for the backward can be counted.
     """
 
     name: str
     forward: Callable[[], object]
-    training: Callable[[], object]
-    output: Callable[[], Tensor]
+    training: Callable[[], object] | None = None
+    output: Callable[[], Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,7 @@ class Case:
         absent: Peers that cannot run, with the reason.
         forward_bytes: What a forward pass must move at least, for the roof; 0 where memory is not the roof.
         training_bytes: The same for forward and backward.
+        items: What a run is given, e.g. ``(16, "dialogues")``, for how many of them a second takes.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Case:
     absent: dict[str, str] = field(default_factory=dict)
     forward_bytes: int = 0
     training_bytes: int = 0
+    items: tuple[int, str] | None = None
 
 
 @dataclass(frozen=True)

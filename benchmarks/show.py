@@ -16,8 +16,9 @@ _INTRODUCTION = """# Benchmarks
 
 Written by `python -m benchmarks.show` from `benchmarks/results/`; numbers are measured by `python -m benchmarks.run`.
 Ours and the peers are timed alternately in one process on the same inputs; a time is the median, with the 20th and 80th
-percentile in brackets; compilation and warm-up are left out. A ratio above 1 says that ours is faster. *kept* is what
-autograd holds for the backward. Results on a GPU: not measured."""
+percentile in brackets; compilation and warm-up are left out, the first call that holds them stands below the tables. A
+ratio above 1 says that ours is faster. *kept* is what autograd holds for the backward, *peak* the most memory in use
+beyond what was in use before; after a peer's ratio the same two, in MB. Results on a GPU: not measured."""
 KINDS = {"forward": "forward (inference)", "training": "forward + backward"}
 
 
@@ -25,6 +26,8 @@ def row_summary(row: Row) -> str:
     """One line: our time, and each peer's as a multiple of it."""
     parts = []
     for kind in KINDS:
+        if kind not in row:
+            continue
         ours = row[kind][row["ours"]]["median_s"]
         peers = [f"{name} {t['median_s'] / ours:.2f}x" for name, t in row[kind].items() if name != row["ours"]]
         parts.append(f"{kind} {1e3 * ours:.2f} ms ({', '.join(peers)})")
@@ -51,7 +54,9 @@ def _section(machine: str, suite: str, measured: dict[str, Any]) -> str:
         f"`python -m benchmarks.run --suite {suite}`",
     ]
     for kind, title in KINDS.items():
-        lines.append(f"**{title}**\n\n" + _table(rows, kind, facts["copy_bytes_per_s"]))
+        if all(kind in row for row in rows):
+            lines.append(f"**{title}**\n\n" + _table(rows, kind, facts["copy_bytes_per_s"]))
+    lines.append(f"First calls, the longest of each: {_first_calls(rows)}.")
     absent = dict.fromkeys(pair for row in rows for pair in row["absent"].items())
     lines += [f"{name}: not everywhere; {reason}." for name, reason in absent]
     figure = f"{machine}-{suite}.svg"
@@ -60,10 +65,22 @@ def _section(machine: str, suite: str, measured: dict[str, Any]) -> str:
     return "\n\n".join(lines)
 
 
+def _first_calls(rows: Sequence[Row]) -> str:
+    """The longest first call of each contender, which compiles."""
+    longest: dict[str, float] = {}
+    for row in rows:
+        for kind in KINDS:
+            for name, times in row.get(kind, {}).items():
+                longest[name] = max(longest.get(name, 0.0), times["first_s"])
+    return ", ".join(f"{name} {seconds:.1f} s" for name, seconds in longest.items())
+
+
 def _table(rows: Sequence[Row], kind: str, bandwidth: float) -> str:
-    """Ours in ms, share of the copy bandwidth, memory kept; then each peer as a ratio; geometric means last."""
+    """Ours in ms, items a second, share of the copy bandwidth, memory; each peer as a ratio; geometric means last."""
     peers = list(dict.fromkeys(name for row in rows for name in row[kind] if name != row["ours"]))
-    head = ["case", "ours, ms", "of the roof", "kept, MB", *(f"{p}, ratio" for p in peers)]
+    items = rows[0]["items"]
+    head = ["case", "ours, ms", f"{items[1]}/s" if items else "of the roof", "kept, MB", "peak, MB"]
+    head += [f"{peer}, ratio" for peer in peers]
     body = []
     for row in rows:
         ours = row[kind][row["ours"]]
@@ -71,20 +88,25 @@ def _table(rows: Sequence[Row], kind: str, bandwidth: float) -> str:
         cells = [
             row["case"],
             f"{1e3 * ours['median_s']:.2f} ({1e3 * ours['p20_s']:.2f}-{1e3 * ours['p80_s']:.2f})",
-            f"{100 * roof:.0f} %" if roof else "-",
-            f"{row['kept_bytes'][row['ours']] / 1e6:.1f}",
+            f"{row['items'][0] / ours['median_s']:.1f}" if items else f"{100 * roof:.0f} %" if roof else "-",
+            *_memory(row, kind, row["ours"]),
         ]
         for peer in peers:
             ratio = _ratio(row, kind, peer)
-            kept = row["kept_bytes"].get(peer, 0) / 1e6
-            cells.append(f"{ratio:.2f} ({kept:.1f} MB)" if ratio else "-")
+            cells.append(f"{ratio:.2f} ({'; '.join(_memory(row, kind, peer))})" if ratio else "-")
         body.append(cells)
     for dtype in dict.fromkeys(row["sizes"]["dtype"] for row in rows):
         own = [row for row in rows if row["sizes"]["dtype"] == dtype]
         means = [geometric_mean([r for row in own if (r := _ratio(row, kind, peer))]) for peer in peers]
-        body.append([f"geometric mean, {dtype}", "", "", "", *(f"{m:.2f}" if m else "-" for m in means)])
+        body.append([f"geometric mean, {dtype}", "", "", "", "", *(f"{m:.2f}" if m else "-" for m in means)])
     lines = [head, ["---"] * len(head), *body]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _memory(row: Row, kind: str, name: str) -> tuple[str, str]:
+    """What a contender keeps, and its peak, in MB."""
+    kept, peak = row["kept_bytes"].get(name), row["peak_bytes"].get(kind, {}).get(name)
+    return "-" if kept is None else f"{kept / 1e6:.1f}", "-" if peak is None else f"{peak / 1e6:.1f}"
 
 
 def _ratio(row: Row, kind: str, peer: str) -> float | None:
@@ -101,8 +123,10 @@ def geometric_mean(values: Sequence[float]) -> float | None:
 
 def _plot(rows: Sequence[Row], suite: str, path: Path) -> None:
     """Speed-up over each peer, case by case; 1 is as fast as ours."""
-    figure = Figure(figsize=(9, 1.5 + 0.42 * len(rows)), layout="constrained")
-    for axes, (kind, title) in zip(figure.subplots(1, 2, sharey=True), KINDS.items(), strict=True):
+    kinds = {kind: title for kind, title in KINDS.items() if all(kind in row for row in rows)}
+    figure = Figure(figsize=(4.5 * len(kinds), 1.5 + 0.42 * len(rows)), layout="constrained")
+    panels = figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0]
+    for axes, (kind, title) in zip(panels, kinds.items(), strict=True):
         peers = list(dict.fromkeys(name for row in rows for name in row[kind] if name != row["ours"]))
         height = 0.8 / max(1, len(peers))
         for i, peer in enumerate(peers):

@@ -6,8 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from benchmarks.show import _table, geometric_mean
+from benchmarks.measure import peak_bytes
+from benchmarks.show import KINDS, _table, geometric_mean
 
 ROOT = Path(__file__).parent.parent
 
@@ -21,6 +23,8 @@ def test_every_suite_runs_at_size_1():
     assert sum(line.startswith("T=2 rows=4 D=16") for line in lines) == 2
     assert sum(line.startswith("T=2 B=1 H=2 L=3 E=4") for line in lines) == 2
     assert sum(line.startswith("tiny: T=2") for line in lines) == 2
+    assert sum(line.startswith("tiny: 2 dialogues, 5 utterances, L=3, T=2") for line in lines) == 2
+    assert sum(line.startswith("utterance 4: T=2") for line in lines) == 1
     linear = [line for line in lines if line.startswith("8 rows, 16 to 16")]
     assert len(linear) == 5
     assert all("torch.nn.Linear" in line for line in linear)
@@ -36,12 +40,24 @@ def test_ratios_are_the_peers_time_over_ours():
         "sizes": {"dtype": "float32"},
         "ours": "spikeattn",
         "bytes": {"forward": 4_000_000},
+        "items": None,
         "forward": {"spikeattn": times(0.002), "peer": times(0.006)},
         "kept_bytes": {"spikeattn": 1_000_000, "peer": 3_000_000},
+        "peak_bytes": {"forward": {"spikeattn": 2_000_000, "peer": None}},
     }
     table = _table([row], "forward", bandwidth=4e9)
-    assert "| T=4 | 2.00 (2.00-2.00) | 50 % | 1.0 | 3.00 (3.0 MB) |" in table
+    assert "| T=4 | 2.00 (2.00-2.00) | 50 % | 1.0 | 2.0 | 3.00 (3.0; -) |" in table
+    row["items"] = [4, "dialogues"]
+    assert "| 2000.0 | 1.0 |" in _table([row], "forward", bandwidth=4e9)
     assert geometric_mean([2.0, 8.0]) == pytest.approx(4.0)
+
+
+def test_peaks_are_those_of_the_run_alone():
+    def run():
+        return torch.zeros(2**23).sum()  # 32 MiB
+
+    peak = peak_bytes(run, "cpu")
+    assert peak is None or 0.9 * 2**25 < peak < 1.5 * 2**25
 
 
 def test_committed_results_are_complete():
@@ -50,4 +66,5 @@ def test_committed_results_are_complete():
             assert {"device", "versions", "commit", "copy_bytes_per_s"} <= set(suite["machine"])
             for row in suite["rows"]:
                 assert row["sizes"]
-                assert len(row["training"][row["ours"]]["samples_s"]) >= 3
+                for kind in KINDS.keys() & row.keys():
+                    assert len(row[kind][row["ours"]]["samples_s"]) >= 3

@@ -1,5 +1,6 @@
 """A transformer block, attention and MLP: ours, and the same from SpikingJelly's neurons and PyTorch's layers."""
 
+import copy
 from functools import partial
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from benchmarks.measure import contender
 from benchmarks.registry import Case, CaseMakers, Suite
 from spikeattn import SpikingTransformerBlock
+from spikeattn.nn.projection import SpikingLinear
 
 TAU = 2.0
 # T, B, L, D, heads: SpikEmo's, Spikformer's on CIFAR and on ImageNet.
@@ -16,27 +18,41 @@ SIZES = {"spikemo": (32, 16, 24, 256, 8), "cifar": (4, 8, 64, 384, 12), "imagene
 
 
 class PeerBlock(nn.Module):
-    """The equations of `SpikingTransformerBlock` from Linear, LayerNorm, matmul and SpikingJelly's LIFNode."""
+    """The equations of `SpikingTransformerBlock` from Linear, LayerNorm, matmul and SpikingJelly's LIFNode.
 
-    def __init__(self, dim: int, heads: int, scale: float) -> None:
+    Args:
+        ours: The block whose sizes and weights it has.
+        tokens: How many tokens it is given, for the attention's scale.
+    """
+
+    def __init__(self, ours: SpikingTransformerBlock, tokens: int) -> None:
         super().__init__()
-        self.heads, self.scale = heads, scale
-        self.q, self.k, self.v, self.out = (self._layer(dim, dim) for _ in range(4))
+        attention = ours.attn
+        self.heads, self.causal = attention.num_heads, attention.is_causal
+        self.scale = attention._scale(torch.tensor([[tokens]])).item()
+        self.tau = attention.tau
         self.attn_lif = self._lif(0.5)
-        self.mlp = nn.Sequential(self._layer(dim, 4 * dim), self._layer(4 * dim, dim))
+        layers = (attention.q, attention.k, attention.v, attention.out, ours.mlp.fc1, ours.mlp.fc2)
+        self.q, self.k, self.v, self.out, fc1, fc2 = map(self._layer, layers)
+        self.mlp = nn.Sequential(fc1, fc2)
 
-    @staticmethod
-    def _lif(v_threshold: float) -> neuron.LIFNode:
+    def _lif(self, v_threshold: float) -> neuron.LIFNode:
         fire = surrogate.ATan()
-        return neuron.LIFNode(TAU, v_threshold=v_threshold, surrogate_function=fire, detach_reset=True, step_mode="m")
+        options = {"surrogate_function": fire, "detach_reset": True, "step_mode": "m"}
+        return neuron.LIFNode(self.tau, v_threshold=v_threshold, **options)
 
-    def _layer(self, width: int, out: int) -> nn.Sequential:
-        return nn.Sequential(nn.Linear(width, out), nn.LayerNorm(out), self._lif(1.0))
+    def _layer(self, ours: SpikingLinear) -> nn.Sequential:
+        linear = nn.Linear(ours.linear.in_features, ours.linear.out_features)
+        linear.load_state_dict(ours.linear.state_dict())
+        return nn.Sequential(linear, copy.deepcopy(ours.norm), self._lif(1.0))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
         functional.reset_net(self)
         q, k, v = (layer(x).unflatten(-1, (self.heads, -1)).transpose(2, 3) for layer in (self.q, self.k, self.v))
-        attended = self.attn_lif((q @ k.transpose(-1, -2)) @ v * self.scale)
+        if key_padding_mask is not None:
+            k, v = (y.masked_fill(key_padding_mask[:, None, :, None], 0.0) for y in (k, v))
+        weights = q @ k.transpose(-1, -2)
+        attended = self.attn_lif((weights.tril() if self.causal else weights) @ v * self.scale)
         x = x + self.out(attended.transpose(2, 3).flatten(3))
         return x + self.mlp(x)
 
@@ -51,10 +67,7 @@ def _case(name: str, T: int, B: int, L: int, D: int, heads: int, low: bool, devi
     torch.manual_seed(0)
     x = torch.randn(T, B, L, D, device=device)
     ours = SpikingTransformerBlock(D, heads, tau=TAU).to(device)
-    peer = PeerBlock(D, heads, ours.attn._scale(torch.tensor([[L]])).item()).to(device)
-    for own, other in zip(_layers(ours), [peer.q, peer.k, peer.v, peer.out, *peer.mlp], strict=True):
-        other[0].load_state_dict(own.linear.state_dict())
-        other[1].load_state_dict(own.norm.state_dict())
+    peer = PeerBlock(ours, L).to(device)
 
     def autocast(model: nn.Module):
         def run(x: Tensor) -> Tensor:
@@ -72,11 +85,6 @@ def _case(name: str, T: int, B: int, L: int, D: int, heads: int, low: bool, devi
         ours=contender("spikeattn", autocast(ours) if low else ours, x),
         peers=peers,
     )
-
-
-def _layers(block: SpikingTransformerBlock) -> list[nn.Module]:
-    """The layers of ours in the order of the peer's."""
-    return [block.attn.q, block.attn.k, block.attn.v, block.attn.out, block.mlp.fc1, block.mlp.fc2]
 
 
 BLOCK = Suite("block", ["tests/nn/test_attention.py"], cases)

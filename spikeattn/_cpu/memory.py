@@ -50,6 +50,10 @@ class Pool:
         weakref.finalize(loan, self._give_back, block).atexit = False
         return torch.from_numpy(loan).view(dtype).view(shape)
 
+    def release(self) -> None:
+        """Free every block that no tensor uses."""
+        self._free.clear()
+
     def _give_back(self, block: np.ndarray) -> None:
         same_size = self._free.pop(block.nbytes, [])
         same_size.append(block)
@@ -79,4 +83,4 @@ def _new_block(size: int) -> np.ndarray:
 
 
 _pool = Pool(_MOST_KEPT)
-empty = _pool.empty
+empty, release = _pool.empty, _pool.release
