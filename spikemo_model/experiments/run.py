@@ -77,8 +77,8 @@ def run_cells(
     """
     _keep_data(corpus, out / "data")
     jobs: list[tuple[Cell, int, Preset, Path]] = []
-    for cell in cells:
-        for seed in seeds:
+    for seed in seeds:  # all cells with the first seed before any with the second
+        for cell in cells:
             preset = cell.preset._replace(training=replace(cell.preset.training, seed=seed))
             run_dir = out / _slug(cell.name) / f"seed{seed}"
             open_run(run_dir, preset)
