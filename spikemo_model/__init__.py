@@ -2,6 +2,7 @@
 
 from spikemo_model.batch import DialogueBatch
 from spikemo_model.config import SpikEmoConfig
+from spikemo_model.conversation import Utterance
 from spikemo_model.model import SpikEmo
 
-__all__ = ["DialogueBatch", "SpikEmo", "SpikEmoConfig"]
+__all__ = ["DialogueBatch", "SpikEmo", "SpikEmoConfig", "Utterance"]

@@ -1,5 +1,6 @@
 """SpikEmo: the modality level, the feature level, fusion and the classifier, assembled."""
 
+from collections.abc import Sequence
 from typing import NamedTuple, cast
 
 import torch
@@ -8,8 +9,10 @@ from torch import Tensor, nn
 from spikemo_model.batch import DialogueBatch
 from spikemo_model.config import SpikEmoConfig
 from spikemo_model.context import ModalityEncoder, ModalityEncoders
+from spikemo_model.conversation import Utterance
 from spikemo_model.dswa import DynamicSpikingWeightAdaptation
 from spikemo_model.fusion import Classifier, MultiAttn
+from spikemo_model.hub import Pretrained
 
 
 class SpikEmoOutput(NamedTuple):
@@ -19,7 +22,7 @@ class SpikEmoOutput(NamedTuple):
     fused: dict[str, Tensor]
 
 
-class SpikEmo(nn.Module):
+class SpikEmo(Pretrained):
     """Emotion of every utterance of a conversation, from text, audio and visual features or any of them.
 
     ::
@@ -42,8 +45,7 @@ class SpikEmo(nn.Module):
     """
 
     def __init__(self, config: SpikEmoConfig) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         names = list(config.modalities)
         self.encoders = ModalityEncoders(
             {
@@ -76,6 +78,26 @@ class SpikEmo(nn.Module):
         adapted = self._adapt(encoded, batch.mask)
         fused = self.fusion(adapted, None if self.config.published_behaviour else batch.mask)
         return SpikEmoOutput(self.classifier(fused), fused)
+
+    def predict(self, conversation: Sequence[Utterance]) -> list[dict[str, float]]:
+        """Probability of each emotion of every utterance of a conversation; the model is in eval mode afterwards.
+
+        Args:
+            conversation: At least one utterance. Text, audio and visual features that are not given are made by the
+                extractors that the model remembers, if it does.
+
+        Returns:
+            By utterance, emotion to probability, which add up to 1.
+
+        Raises:
+            ConversationError: Features are missing, not finite or of another width; the message names the utterance.
+            OSError: An extractor cannot be loaded.
+        """
+        from spikemo_model.evaluation import predict
+        from spikemo_model.prediction import prepare
+
+        (rows,) = predict(self, [prepare(conversation, self.config, self.origin)])
+        return [dict(zip(self.config.classes, row.tolist(), strict=True)) for row in rows]
 
     def _check(self, batch: DialogueBatch, name: str) -> None:
         """The batch has the modality, at the width of the configuration."""

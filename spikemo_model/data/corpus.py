@@ -140,13 +140,12 @@ def _check_dialogue(corpus: Corpus, split: str, dialogue: Conversation) -> None:
             raise DataError(f"{where}, utterance {bad}: {name} features hold NaN or infinity. Extract them again.")
 
 
-def standardise(corpus: Corpus, modalities: Sequence[str], limit: float = 5.0) -> Corpus:
-    """Give features mean 0 and standard deviation 1 on the training split, clipped.
+def standardise(corpus: Corpus, modalities: Sequence[str]) -> Corpus:
+    """Give features mean 0 and standard deviation 1 on the training split, clipped (`scaled_by`).
 
     Args:
         corpus: Any.
         modalities: Which of its modalities.
-        limit: Largest magnitude left, in standard deviations: measurements such as clip durations have outliers.
 
     Returns:
         The corpus with those features changed; a feature that is constant in training becomes 0.
@@ -156,19 +155,27 @@ def standardise(corpus: Corpus, modalities: Sequence[str], limit: float = 5.0) -
         x = torch.cat([d.features[name] for d in corpus.splits["train"]]).double()
         mean, std = x.mean(0), x.std(0, correction=0)
         constants[name] = mean.float(), torch.where(std > 1e-6 * x.abs().amax(0), std, torch.inf).float()
+    return standardise_by(corpus, constants)
+
+
+def standardise_by(corpus: Corpus, constants: dict[str, tuple[Tensor, Tensor]]) -> Corpus:
+    """The corpus with the mean [F] and standard deviation [F] of ``constants`` taken out of those modalities."""
 
     def scaled(d: Conversation) -> Conversation:
-        changed = {name: scaled_by(d.features[name], own, limit) for name, own in constants.items()}
+        changed = {name: scaled_by(d.features[name], own) for name, own in constants.items()}
         return replace(d, features={**d.features, **changed})
 
     splits = {split: tuple(map(scaled, dialogues)) for split, dialogues in corpus.splits.items()}
     return replace(corpus, splits=splits, standardised={**corpus.standardised, **constants})
 
 
-def scaled_by(x: Tensor, constants: tuple[Tensor, Tensor], limit: float = 5.0) -> Tensor:
-    """Features [rows, F] without the mean [F] and standard deviation [F] of ``constants``, as in `standardise`."""
+def scaled_by(x: Tensor, constants: tuple[Tensor, Tensor]) -> Tensor:
+    """Features [rows, F] without a mean [F] and standard deviation [F], at most 5 standard deviations large.
+
+    Measurements such as clip durations have outliers.
+    """
     mean, std = constants
-    return ((x - mean) / std).clamp(-limit, limit)
+    return ((x - mean) / std).clamp(-5.0, 5.0)
 
 
 def collate(dialogues: Sequence[Conversation]) -> DialogueBatch:

@@ -1,0 +1,150 @@
+"""What a trained model needs of a new conversation: features of every modality, extracted where they are not given."""
+
+import functools
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from spikemo_model.config import SpikEmoConfig
+from spikemo_model.conversation import ConversationError, Utterance
+from spikemo_model.data.corpus import Conversation, Corpus, DataError, scaled_by, standardise_by
+from spikemo_model.data.text import encoder_features
+from spikemo_model.hub import Origin
+
+
+def prepare(utterances: Sequence[Utterance], config: SpikEmoConfig, origin: Origin) -> Conversation:
+    """Features of the modalities of a configuration, checked, extracted where they are not given, and standardised.
+
+    Args:
+        utterances: At least one.
+        config: Of the model.
+        origin: Of the model: its extractors and what it standardises.
+
+    Raises:
+        ConversationError: Features are missing and cannot be made, or are not finite or of another width.
+        OSError: An extractor cannot be loaded.
+    """
+    if not utterances:
+        raise ConversationError("predict: the conversation holds no utterance.")
+    named = [replace(u, where=u.where or f"utterance {i}") for i, u in enumerate(utterances, start=1)]
+    for u in named:
+        unknown = sorted(u.features.keys() - config.modalities.keys())
+        if unknown:
+            raise ConversationError(
+                f"{u.where}: the model has no modality {unknown[0]!r}, but {list(config.modalities)}."
+            )
+    dialogue = Conversation(
+        id="conversation",
+        features={},
+        speakers=tuple(u.speaker for u in named),
+        labels=torch.full((len(named),), -1),
+        utterance_ids=tuple(u.where for u in named),
+        texts=tuple(u.text for u in named),
+    )
+    features = {}
+    for name, modality in config.modalities.items():
+        rows = _rows(name, named, dialogue, origin)
+        x = torch.stack(
+            [_checked(row, modality.features, f"{u.where}: {name}") for row, u in zip(rows, named, strict=True)]
+        )
+        features[name] = scaled_by(x, origin.standardised[name]) if name in origin.standardised else x
+    return replace(dialogue, features=features)
+
+
+def fit(corpus: Corpus, config: SpikEmoConfig, origin: Origin) -> Corpus:
+    """The modalities of a configuration, standardised as its model has learned them.
+
+    Args:
+        corpus: With raw features, or standardised on the training split of the model.
+        config: Of the model.
+        origin: Of the model.
+
+    Raises:
+        ValueError: Modalities, widths or classes are others, or the corpus is standardised in another way.
+    """
+    corpus = corpus.select(list(config.modalities))
+    widths = {name: modality.features for name, modality in config.modalities.items()}
+    if corpus.widths != widths or corpus.classes != config.classes:
+        raise ValueError(
+            f"{corpus.name} has features {corpus.widths} and the classes {corpus.classes}, the model wants {widths} "
+            f"and {config.classes}. Choose the data and text features that it was trained on."
+        )
+    scale = {}
+    for name in origin.about:
+        own, wanted = corpus.standardised.get(name), origin.standardised.get(name)
+        if own is None and wanted is not None:
+            scale[name] = wanted
+        elif own is not None and (wanted is None or not all(map(torch.equal, own, wanted))):
+            raise ValueError(
+                f"{corpus.name}: {name} features are standardised in another way than those that the model was "
+                "trained on. Choose the data and text features that it was trained on."
+            )
+    return standardise_by(corpus, scale)
+
+
+def _rows(modality: str, utterances: Sequence[Utterance], dialogue: Conversation, origin: Origin) -> list[Any]:
+    """Features of each utterance: its own, or made by the extractor that the model remembers."""
+    given = [u.features.get(modality) for u in utterances]
+    lacking = next((u for x, u in zip(given, utterances, strict=True) if x is None), None)
+    if lacking is None:
+        return given
+    settings = origin.extractors.get(modality, {})
+    match settings:
+        case {"name": "encoder_features", "encoder": encoder}:
+            made = list(encoder_features({"conversation": list(dialogue.texts)}, encoder)["conversation"])
+        case {"name": "ContextEncoder", "encoder": encoder, "max_tokens": max_tokens}:
+            made = list(_context_encoder(encoder, max_tokens).features(dialogue))
+        case {"name": "functionals" | "FaceEncoder"} if "reduced_to" not in settings:
+            made = [_of_clip(u, modality, settings) if x is None else x for x, u in zip(given, utterances, strict=True)]
+        case _:
+            raise ConversationError(
+                f"{lacking.where}: there are no {modality} features, and the model cannot make them: it knows them as "
+                f"{origin.about.get(modality, 'unknown')!r}. Give them as features, or train on features whose "
+                "extractor it can call (train --text ENCODER, or extract)."
+            )
+    return [own if x is None else x for x, own in zip(given, made, strict=True)]
+
+
+def _of_clip(utterance: Utterance, modality: str, settings: dict[str, Any]) -> Tensor:
+    """Features of the sound or the pictures of an utterance."""
+    from spikemo_model.features import Pictures, faces, functionals
+
+    if utterance.clip is None:
+        raise ConversationError(f"{utterance.where}: there are no {modality} features and no clip. Give one of them.")
+    try:
+        if settings["name"] == "functionals":
+            return functionals(utterance.clip)
+        return _face_encoder(settings["encoder"])(faces(Pictures(utterance.clip), settings["pictures"]))
+    except DataError as error:
+        raise ConversationError(f"{utterance.where}: {error}") from error
+
+
+@functools.lru_cache(maxsize=1)
+def _context_encoder(encoder: str, max_tokens: int) -> Any:
+    from spikemo_model.features import ContextEncoder
+
+    return ContextEncoder(encoder, max_tokens)
+
+
+@functools.lru_cache(maxsize=1)
+def _face_encoder(encoder: str) -> Any:
+    from spikemo_model.features import FaceEncoder
+
+    return FaceEncoder(encoder)
+
+
+def _checked(x: Any, width: int, what: str) -> Tensor:
+    """Features [width], finite, as float32."""
+    try:
+        x = x.detach().cpu().float() if isinstance(x, Tensor) else torch.from_numpy(np.asarray(x, np.float64)).float()
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ConversationError(f"{what} features must be numbers ({error}).") from error
+    if x.shape != (width,):
+        raise ConversationError(f"{what} features must have shape ({width},), got {tuple(x.shape)}.")
+    if not x.isfinite().all():
+        raise ConversationError(f"{what} features hold NaN or infinity. Extract them again.")
+    return x
