@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from sklearn.decomposition import TruncatedSVD
 from sklearn.feature_extraction.text import HashingVectorizer, TfidfTransformer
 from sklearn.pipeline import make_pipeline
@@ -115,9 +116,12 @@ def load_encoder(encoder: str) -> tuple[Any, Any]:
 
     local = Path(encoder).is_dir()
     tokenizer = AutoTokenizer.from_pretrained(encoder, local_files_only=local)
-    model, info = AutoModel.from_pretrained(
-        encoder, local_files_only=local, use_safetensors=True, output_loading_info=True
-    )
+    try:
+        model, info = AutoModel.from_pretrained(
+            encoder, local_files_only=local, use_safetensors=True, output_loading_info=True
+        )
+    except (RuntimeError, SafetensorError) as error:
+        raise OSError(f"its weights cannot be read: {first_line(error)}") from error
     missing = [name for name in info["missing_keys"] if not name.startswith("pooler.")]  # unused here, often left out
     if missing:
         raise OSError(f"it lacks {len(missing)} weights, {missing[0]} among them")

@@ -62,7 +62,7 @@ def read_frames(path: Path, count: int, start: float = 0.0, end: float | None = 
         targets = [start + (i + 0.5) * (end - start) / count for i in range(count)]
         if start > 0:
             container.seek(int(start * 1e6))
-        frames = list(_shown_at(targets, container.decode(stream)))
+        frames = list(_shown_at(targets, container.decode(stream))) if start < end else []
     if not frames:
         raise DataError(f"{path} has no pictures between {start:.2f} s and {end:.2f} s.")
     return frames

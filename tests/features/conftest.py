@@ -44,7 +44,7 @@ def text_encoder(tmp_path_factory) -> str:
         intermediate_size=32,
         max_position_embeddings=66,
         pad_token_id=1,
-        initializer_range=0.5,
+        initializer_range=0.1,
     )
     RobertaModel(config).save_pretrained(folder)
     return str(folder)
