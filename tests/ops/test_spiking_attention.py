@@ -264,7 +264,8 @@ def test_a_map_in_tiles_gives_the_same_bits(monkeypatch):
 def test_nothing_is_kept_but_the_inputs(backend):
     q, k, v = (spikes(2, 1, 1, 50, 8).requires_grad_() for _ in range(3))
     saved = spiking_attention(q, k, v, backend=backend).grad_fn.saved_tensors
-    assert [None if s is None else s.numel() for s in saved] == [800, 800, 800, 1, None, None]
+    size = 13 if backend == "numba" else 800  # 64 spikes a word
+    assert [None if s is None else s.numel() for s in saved] == [size, size, size, 1, None, None]
 
 
 @pytest.mark.parametrize("fire", FIRES)

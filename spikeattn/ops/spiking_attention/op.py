@@ -1,7 +1,7 @@
 """The public function `spiking_attention`, and the registered operations behind it."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Bool, Float
@@ -83,8 +83,9 @@ def spiking_attention(
         In memory [T, B, L, H, E], so that merging the heads copies nothing.
 
     Gradient:
-        To ``q``, ``k`` and ``v``, in memory linear in L: only these are kept, products and potentials are computed
-        again. Derivation in ``ops/spiking_attention/README.md``. No second derivative, no `torch.func`.
+        To ``q``, ``k`` and ``v``, in memory linear in L: only these are kept, on a CPU as one bit a spike; products and
+        potentials are computed again. Derivation in ``ops/spiking_attention/README.md``. No second derivative, no
+        `torch.func`.
 
     Numerics:
         Sums of products of 0 and 1 are integers, at most S * E; float32 holds them exactly up to 2**24. So with a power
@@ -306,11 +307,40 @@ def _save(ctx, inputs, output) -> None:
     ctx.save_for_backward(q, k, v, scale, query_padding_mask, key_padding_mask)
 
 
+def _save_eagerly(ctx, inputs, output) -> None:
+    """Where the CPU kernels run, keep bits of spikes."""
+    _save(ctx, inputs, output)
+    if inputs[-1] != "numba" or not any(ctx.needs_input_grad):
+        return
+    from spikeattn._cpu.packed import packed
+
+    ctx.layouts, kept = [], []
+    for x in inputs[:3]:
+        bits = packed(x)
+        ctx.layouts.append(None if bits is None else bits[1:])
+        kept.append(x if bits is None else bits.bits)
+    ctx.save_for_backward(*kept, *inputs[3:6])
+
+
+def _spikes(ctx, kept: Sequence[Tensor]) -> Sequence[Tensor]:
+    """``q``, ``k`` and ``v``, from their bits where only those were kept."""
+    if not hasattr(ctx, "layouts"):
+        return kept
+    from spikeattn._cpu.packed import Packed, unpacked
+
+    # Whether they want a gradient is what counters of operations ask.
+    return [
+        x if layout is None else unpacked(Packed(x, *layout)).requires_grad_(need)
+        for x, layout, need in zip(kept, ctx.layouts, ctx.needs_input_grad, strict=False)
+    ]
+
+
 def _backward(ctx, grad):
     """Hand over to the registered backward; None for an input that needs no gradient."""
-    grads = spiking_attention_backward(grad, *ctx.saved_tensors, *ctx.settings)
+    saved = ctx.saved_tensors  # once: non-reentrant checkpointing allows no second look
+    grads = spiking_attention_backward(grad, *_spikes(ctx, saved[:3]), *saved[3:], *ctx.settings)
     needed = [g if need else None for g, need in zip(grads, ctx.needs_input_grad[:3], strict=True)]
     return (*needed, *(None,) * (3 + len(ctx.settings)))
 
 
-_attention = differentiable(spiking_attention_forward, _save, _backward)
+_attention = differentiable(spiking_attention_forward, _save, _backward, _save_eagerly)
