@@ -112,6 +112,8 @@ class SpikEmoConfig:
         fusion: MultiAttn.
         published_behaviour: Compute as the authors' code does, for its checkpoints: no masks at padding, an encoder
             that is not centred, membranes carried from one modality to the next.
+        is_causal: Whether an utterance sees itself and those before only, so that `SpikEmo.step` classifies a
+            conversation as it goes on: contexts "none" or "forward", causal attention, a running softmax in eq. (2).
     """
 
     modalities: dict[str, ModalityConfig]
@@ -123,6 +125,7 @@ class SpikEmoConfig:
     dswa: DSWAConfig | None = field(default_factory=DSWAConfig)
     fusion: FusionConfig = field(default_factory=FusionConfig)
     published_behaviour: bool = False
+    is_causal: bool = False
 
     def __post_init__(self) -> None:
         """Check ranges and what has to fit together."""
@@ -139,6 +142,11 @@ class SpikEmoConfig:
         if self.dswa is not None:
             heads = self.dswa.num_heads
             _require(self.dim % heads == 0, self, f"dim must be a multiple of dswa.num_heads = {heads}", self.dim)
+        if self.is_causal:
+            contexts = {name: modality.context for name, modality in self.modalities.items()}
+            onward = set(contexts.values()) <= {"none", "forward"}
+            _require(onward, self, 'is_causal needs contexts "none" or "forward"', contexts)
+            _require(not self.published_behaviour, self, "is_causal excludes published_behaviour", True)
         if self.published_behaviour:
             shared = self.dswa is not None and self.dswa.shared
             _require(shared, self, "published_behaviour needs a DSWA shared by the modalities", self.dswa)

@@ -1,7 +1,7 @@
 """The modality level (paper, III-A1): a projection and the context of the dialogue."""
 
 from collections.abc import Sequence
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -42,7 +42,28 @@ class DialogueCell(nn.Module):
 
         No party speaks at padding (``mask`` False).
         """
-        return advance([self], u[None], speakers[None], mask[None])[0]
+        return advance([self], u[None], speakers[None], mask[None])[0][0]
+
+
+class DialogueState(NamedTuple):
+    """Where M cells stand in B dialogues: states g and e [M, B, D] and p [M, B, parties, D], and the running softmax.
+
+    The softmax of the scores so far is ``weighted / total``, both relative to ``exp(highest)``.
+    """
+
+    g: Tensor
+    e: Tensor
+    p: Tensor
+    weighted: Tensor
+    total: Tensor
+    highest: Tensor
+
+    @classmethod
+    def start(cls, u: Tensor) -> "DialogueState":
+        """Before the first utterance of ``u`` [M, B, L, D]."""
+        M, B, _, D = u.shape
+        g, e, weighted = (u.new_zeros(M, B, D) for _ in range(3))
+        return cls(g, e, u.new_zeros(M, B, 0, D), weighted, u.new_zeros(M, B, 1), u.new_full((M, B, 1), -torch.inf))
 
 
 def advance(
@@ -50,14 +71,19 @@ def advance(
     u: Float[Tensor, "M B L D"],
     speakers: Int[Tensor, "M B L"],
     mask: Bool[Tensor, "M B L"],
-) -> Float[Tensor, "M B L D"]:
+    state: DialogueState | None = None,
+) -> tuple[Float[Tensor, "M B L D"], DialogueState]:
     """Emotion states of M cells, cell m on ``u[m]``, which all go from utterance to utterance together.
+
+    Also returned is where they stand after the last one, from which another call with ``state`` goes on.
 
     What needs no state, the cells' products with ``u``, is one product for all utterances. The emotion states, which
     nothing else depends on, follow the others.
     """
     M, B, L, D = u.shape
-    parties = int(speakers.max()) + 1
+    g, e, p, weighted, total, highest = DialogueState.start(u) if state is None else state
+    parties = max(int(speakers.max()) + 1, p.shape[2])
+    p = nn.functional.pad(p, (0, 0, 0, parties - p.shape[2]))  # who has not spoken yet stands at 0
     speaking = nn.functional.one_hot(speakers, parties).bool().unsqueeze(-1)  # [M, B, L, P, 1]
 
     def stacked(name: str) -> Tensor:
@@ -78,9 +104,7 @@ def advance(
     g_bias, p_bias, e_bias = (stacked(f"{name}_cell.bias_hh").unsqueeze(1) for name in "gpe")
     attention = stacked("attention.weight").mT
 
-    g, context, weighted, e = (u.new_zeros(M, B, D) for _ in range(4))
-    p, total = u.new_zeros(M, B, parties, D), u.new_zeros(M, B, 1)
-    highest = u.new_full((M, B, 1), -torch.inf)
+    context = weighted / total if state is not None else weighted
     spoken, states = [], []
     for t in range(L):
         own = p.gather(2, speakers[:, :, t, None, None].expand(M, B, 1, D)).squeeze(2)
@@ -100,7 +124,7 @@ def advance(
     for from_spoken in of_all(torch.stack(spoken, 2), stacked("e_cell.weight_ih").mT, stacked("e_cell.bias_ih")):
         e = _gru(from_spoken, from_e(e) + e_bias, e)
         states.append(e)
-    return torch.stack(states, 2)
+    return torch.stack(states, 2), DialogueState(g, e, p, weighted, total, highest)
 
 
 def _gru(from_input: Tensor, from_state: Tensor, state: Tensor) -> Tensor:
@@ -131,13 +155,20 @@ class DialogueRNN(nn.Module):
         self, u: Float[Tensor, "B L D"], speakers: Int[Tensor, "B L"], mask: Bool[Tensor, "B L"]
     ) -> Float[Tensor, "B L D"]:
         """Contextual features [B, L, D]; an utterance's depend on its own dialogue's utterances only."""
-        return together([self], [u], speakers, mask)[0]
+        return together([self], [u], speakers, mask)[0][0]
 
 
 def together(
-    contexts: Sequence[DialogueRNN], utterances: Sequence[Tensor], speakers: Tensor, mask: Tensor
-) -> list[Tensor]:
-    """What each of ``contexts`` makes of its ``utterances`` [B, L, D]; all directions of all advance at once."""
+    contexts: Sequence[DialogueRNN],
+    utterances: Sequence[Tensor],
+    speakers: Tensor,
+    mask: Tensor,
+    state: DialogueState | None = None,
+) -> tuple[list[Tensor], DialogueState]:
+    """What each of ``contexts`` makes of its ``utterances`` [B, L, D]; all directions of all advance at once.
+
+    ``state`` is that of an earlier call with the utterances before, where all contexts read forward only.
+    """
     order = reversed_order(mask)  # its own inverse
     wide = order.unsqueeze(-1).expand_as(utterances[0])
     cells, inputs, speaks = [], [], []
@@ -149,15 +180,16 @@ def together(
             cells.append(context.reverse_cell)
             inputs.append(u.gather(1, wide))
             speaks.append(speakers.gather(1, order))
-    states = iter(advance(cells, torch.stack(inputs), torch.stack(speaks), mask.expand(len(cells), *mask.shape)))
-    outs = []
+    masks = mask.expand(len(cells), *mask.shape)
+    all_states, state = advance(cells, torch.stack(inputs), torch.stack(speaks), masks, state)
+    states, outs = iter(all_states), []
     for context in contexts:
         e = next(states)
         if context.merge is not None:
             reverse = next(states).gather(1, wide)
             e = context.merge(torch.cat([e, reverse * mask.unsqueeze(-1)], dim=-1))
         outs.append(torch.relu(context.dropout(e)))
-    return outs
+    return outs, state
 
 
 class GRUContext(nn.Module):
@@ -230,13 +262,20 @@ class ModalityEncoders(nn.ModuleDict):
         self, features: dict[str, Float[Tensor, "B L F"]], speakers: Int[Tensor, "B L"], mask: Bool[Tensor, "B L"]
     ) -> dict[str, Float[Tensor, "B L D"]]:
         """``features`` [B, L, F] of every modality to [B, L, D]."""
+        return self.go_on(features, speakers, mask, None)[0]
+
+    def go_on(
+        self, features: dict[str, Tensor], speakers: Tensor, mask: Tensor, state: DialogueState | None
+    ) -> tuple[dict[str, Tensor], DialogueState | None]:
+        """The same from ``state`` on, if the contexts read forward only, and the state after the last utterance."""
         encoders = cast("dict[str, ModalityEncoder]", dict(self.items()))
         encoded = {name: encoder.project(features[name]) for name, encoder in encoders.items()}
         recurrent = {name: e.context for name, e in encoders.items() if isinstance(e.context, DialogueRNN)}
         if recurrent:
             inputs = [encoded[name] for name in recurrent]
-            encoded |= zip(recurrent, together(list(recurrent.values()), inputs, speakers, mask), strict=True)
+            outs, state = together(list(recurrent.values()), inputs, speakers, mask, state)
+            encoded |= zip(recurrent, outs, strict=True)
         for name, encoder in encoders.items():
             if isinstance(encoder.context, GRUContext):
                 encoded[name] = encoder.context(encoded[name], speakers, mask)
-        return encoded
+        return encoded, state

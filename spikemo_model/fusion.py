@@ -1,5 +1,8 @@
 """Fusion of the modalities (paper, III-B): MultiAttn."""
 
+from collections.abc import Callable
+from typing import cast
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
@@ -31,13 +34,48 @@ class FusionLayer(nn.Module):
         )
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, others: list[Tensor], padding: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, others: list[Tensor], padding: Tensor | None, is_causal: bool = False) -> Tensor:
         """``x`` [B, L, D] after attending to ``others``; ``padding`` [B, L] is True where keys do not count."""
+        later = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).triu(1) if is_causal else None
         *norms, last_norm = self.norms
         for attention, norm, other in zip(self.attentions, norms, others, strict=True):
-            attended, _ = attention(x, other, other, key_padding_mask=padding, need_weights=False)
+            masks = {"key_padding_mask": padding, "attn_mask": later}
+            attended, _ = attention(x, other, other, need_weights=False, **masks)
             x = norm(x + self.dropout(attended))
         return last_norm(x + self.dropout(self.feed_forward(x)))
+
+    def step(self, x: Tensor, others: list[Tensor], state: list[Tensor] | None) -> tuple[Tensor, list[Tensor]]:
+        """The next utterances ``x`` [B, L, D] of causal dialogues, and the keys and values of all so far.
+
+        Those are [2, B, S, D] for each of the others, one row an utterance.
+        """
+        *norms, last_norm = self.norms
+        after = []
+        attentions = cast("list[nn.MultiheadAttention]", self.attentions)
+        for i, (attention, norm, other) in enumerate(zip(attentions, norms, others, strict=True)):
+            attended, rows = _attend_on(attention, x, other, None if state is None else state[i])
+            x = norm(x + self.dropout(attended))
+            after.append(rows)
+        return last_norm(x + self.dropout(self.feed_forward(x))), after
+
+
+def _attend_on(
+    attention: nn.MultiheadAttention, x: Tensor, other: Tensor, rows: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """``attention`` of ``x`` to the keys and values ``rows`` of before and to those of ``other``, which is as long."""
+    q, k, v = (
+        nn.functional.linear(source, weight, bias)
+        for source, weight, bias in zip(
+            (x, other, other), attention.in_proj_weight.chunk(3), attention.in_proj_bias.chunk(3), strict=True
+        )
+    )
+    own = torch.stack([k, v])
+    rows = own if rows is None else torch.cat([rows, own], dim=2)
+    L, S = x.shape[1], rows.shape[2]
+    seen = torch.ones(L, S, dtype=torch.bool, device=x.device).tril(S - L)
+    q, k, v = (y.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for y in (q, *rows))
+    attended = nn.functional.scaled_dot_product_attention(q, k, v, seen)
+    return attention.out_proj(attended.transpose(1, 2).flatten(2)), rows
 
 
 class MultiAttn(nn.Module):
@@ -52,11 +90,14 @@ class MultiAttn(nn.Module):
         dim: Width D.
         config: Layers, heads, hidden width and where the keys come from.
         dropout: Probability.
+        is_causal: Whether an utterance attends to itself and those before only.
     """
 
-    def __init__(self, names: list[str], dim: int, config: FusionConfig, dropout: float = 0.0) -> None:
+    def __init__(
+        self, names: list[str], dim: int, config: FusionConfig, dropout: float = 0.0, is_causal: bool = False
+    ) -> None:
         super().__init__()
-        self.keys = config.keys
+        self.keys, self.is_causal = config.keys, is_causal
         self.stacks = nn.ModuleDict(
             {
                 name: nn.ModuleList(FusionLayer(dim, len(names) - 1, config, dropout) for _ in range(config.layers))
@@ -69,11 +110,34 @@ class MultiAttn(nn.Module):
     ) -> dict[str, Float[Tensor, "B L D"]]:
         """Fused features by modality; ``mask`` [B, L] is True at utterances, None attends to padding, too."""
         padding = None if mask is None else ~mask
+
+        def attend(layer: FusionLayer, x: Tensor, others: list[Tensor]) -> Tensor:
+            return layer(x, others, padding, self.is_causal)
+
+        return self._through(features, attend)
+
+    def step(
+        self, features: dict[str, Float[Tensor, "B L D"]], state: list[list[Tensor]] | None = None
+    ) -> tuple[dict[str, Float[Tensor, "B L D"]], list[list[Tensor]]]:
+        """The next utterances of causal dialogues, and the keys and values of all so far, layer by layer."""
+        before, after = iter(state or []), []
+
+        def attend(layer: FusionLayer, x: Tensor, others: list[Tensor]) -> Tensor:
+            x, rows = layer.step(x, others, next(before, None))
+            after.append(rows)
+            return x
+
+        return self._through(features, attend), after
+
+    def _through(
+        self, features: dict[str, Tensor], attend: Callable[[FusionLayer, Tensor, list[Tensor]], Tensor]
+    ) -> dict[str, Tensor]:
+        """Every modality through its stack of layers."""
         fused = dict(features)
         for layers in zip(*self.stacks.values(), strict=True):
             keys = features if self.keys == "features" else fused
             fused = {
-                name: layer(fused[name], [x for other, x in keys.items() if other != name], padding)
+                name: attend(layer, fused[name], [x for other, x in keys.items() if other != name])
                 for name, layer in zip(self.stacks, layers, strict=True)
             }
         return fused

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from spikemo_model.batch import DialogueBatch
 from spikemo_model.config import SpikEmoConfig
-from spikemo_model.context import ModalityEncoder, ModalityEncoders
+from spikemo_model.context import DialogueState, ModalityEncoder, ModalityEncoders
 from spikemo_model.conversation import Utterance
-from spikemo_model.dswa import DynamicSpikingWeightAdaptation
+from spikemo_model.dswa import DSWAState, DynamicSpikingWeightAdaptation
 from spikemo_model.fusion import Classifier, MultiAttn
 from spikemo_model.hub import Pretrained
 
@@ -20,6 +20,14 @@ class SpikEmoOutput(NamedTuple):
 
     logits: Tensor
     fused: dict[str, Tensor]
+
+
+class SpikEmoState(NamedTuple):
+    """Where causal dialogues stand: their context, each DSWA, and the rows of fusion."""
+
+    context: DialogueState | None
+    dswa: dict[str, DSWAState]
+    rows: list[list[Tensor]] | None
 
 
 class SpikEmo(Pretrained):
@@ -59,9 +67,12 @@ class SpikEmo(Pretrained):
             owners = ["shared"] if config.dswa.shared else names
             published = config.published_behaviour
             self.dswa = nn.ModuleDict(
-                {owner: DynamicSpikingWeightAdaptation(config.dim, config.dswa, published) for owner in owners}
+                {
+                    owner: DynamicSpikingWeightAdaptation(config.dim, config.dswa, published, config.is_causal)
+                    for owner in owners
+                }
             )
-        self.fusion = MultiAttn(names, config.dim, config.fusion, config.dropout)
+        self.fusion = MultiAttn(names, config.dim, config.fusion, config.dropout, config.is_causal)
         self.classifier = Classifier(
             len(names), config.dim, config.classifier_hidden, len(config.classes), config.dropout
         )
@@ -78,6 +89,47 @@ class SpikEmo(Pretrained):
         adapted = self._adapt(encoded, batch.mask)
         fused = self.fusion(adapted, None if self.config.published_behaviour else batch.mask)
         return SpikEmoOutput(self.classifier(fused), fused)
+
+    def step(self, batch: DialogueBatch, state: SpikEmoState | None = None) -> tuple[SpikEmoOutput, SpikEmoState]:
+        """Go on with causal dialogues by their next utterances, one or more; only with ``config.is_causal``.
+
+        Spiking attention and context cost the same at every utterance; fusion keeps one row of keys and values for each
+        of the past utterances.
+
+        Args:
+            batch: The next L utterances of B dialogues, without padding; speakers are counted as in the whole dialogue.
+            state: What the call before returned; None at the start.
+
+        Returns:
+            Logits and fused features of these utterances, as one call with the whole dialogue gives them up to
+            rounding, and the state.
+
+        Raises:
+            ValueError: The model is not causal or trains, or the batch has padding, or lacks a modality.
+
+        Example:
+            >>> from spikemo_model.config import ModalityConfig
+            >>> config = SpikEmoConfig({"text": ModalityConfig(8, "forward")}, dim=16, is_causal=True)
+            >>> model, state = SpikEmo(config).eval(), None
+            >>> with torch.no_grad():
+            ...     for t in range(3):
+            ...         text, speaker = torch.randn(1, 1, 8), torch.tensor([[t % 2]])
+            ...         one = DialogueBatch({"text": text}, speaker, torch.ones(1, 1).bool())
+            ...         (logits, _), state = model.step(one, state)
+            >>> logits.shape
+            torch.Size([1, 1, 7])
+        """
+        if not self.config.is_causal or self.training:
+            raise ValueError("SpikEmo: step needs a configuration with is_causal=True, and eval().")
+        if not batch.mask.all():
+            raise ValueError("SpikEmo: step takes utterances without padding; give dialogues that pause a call each.")
+        for name in self.encoders:
+            self._check(batch, name)
+        context, dswa, rows = state or SpikEmoState(None, {}, None)
+        encoded, context = self.encoders.go_on(batch.features, batch.speakers, batch.mask, context)
+        adapted, dswa = self._adapt_on(encoded, dswa)
+        fused, rows = self.fusion.step(adapted, rows)
+        return SpikEmoOutput(self.classifier(fused), fused), SpikEmoState(context, dswa, rows)
 
     def predict(self, conversation: Sequence[Utterance]) -> list[dict[str, float]]:
         """Probability of each emotion of every utterance of a conversation; the model is in eval mode afterwards.
@@ -121,3 +173,18 @@ class SpikEmo(Pretrained):
                 shared.reset()
         together = shared(torch.cat(list(encoded.values())), mask.repeat(len(encoded), 1))
         return dict(zip(encoded, together.chunk(len(encoded)), strict=True))
+
+    def _adapt_on(
+        self, encoded: dict[str, Tensor], states: dict[str, DSWAState]
+    ) -> tuple[dict[str, Tensor], dict[str, DSWAState]]:
+        """`_adapt` for the next utterances."""
+        if not self.dswa:
+            return encoded, states
+        inputs = encoded if "shared" not in self.dswa else {"shared": torch.cat(list(encoded.values()))}
+        outs, after = {}, {}
+        for owner, x in inputs.items():
+            dswa = cast(DynamicSpikingWeightAdaptation, self.dswa[owner])
+            outs[owner], after[owner] = dswa.step(x, states.get(owner))
+        if "shared" in self.dswa:
+            outs = dict(zip(encoded, outs["shared"].chunk(len(encoded)), strict=True))
+        return outs, after
