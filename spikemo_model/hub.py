@@ -185,7 +185,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / _CONFIG
     if not path.is_file():
         runs = sorted(p.parent.name for p in folder.glob(f"*/{_CONFIG}"))
-        cure = f"Its folders {', '.join(runs)} do: name one." if runs else "Name one that `save_pretrained` wrote."
+        cure = f"These do: {', '.join(runs)}." if runs else "Name one that `save_pretrained` wrote."
         raise FileNotFoundError(f"from_pretrained: {folder} holds no {_CONFIG}. {cure}")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))

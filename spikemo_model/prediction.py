@@ -12,7 +12,7 @@ from torch import Tensor
 from spikemo_model.config import SpikEmoConfig
 from spikemo_model.conversation import ConversationError, Utterance
 from spikemo_model.data.corpus import Conversation, Corpus, DataError, scaled_by, standardise_by
-from spikemo_model.data.text import encoder_features
+from spikemo_model.data.text import text_features
 from spikemo_model.hub import Origin
 
 
@@ -95,7 +95,7 @@ def _rows(modality: str, utterances: Sequence[Utterance], dialogue: Conversation
     settings = origin.extractors.get(modality, {})
     match settings:
         case {"name": "encoder_features", "encoder": encoder}:
-            made = list(encoder_features({"conversation": list(dialogue.texts)}, encoder)["conversation"])
+            made = list(text_features({"conversation": list(dialogue.texts)}, encoder).rows["conversation"])
         case {"name": "ContextEncoder", "encoder": encoder, "max_tokens": max_tokens}:
             made = list(_context_encoder(encoder, max_tokens).features(dialogue))
         case {"name": "functionals" | "FaceEncoder"} if "reduced_to" not in settings:

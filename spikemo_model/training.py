@@ -14,7 +14,6 @@ import torch
 from lightning.pytorch.callbacks import Callback, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
-from safetensors.torch import save_model
 from torch import Tensor
 from torchmetrics.classification import MulticlassF1Score
 
@@ -32,6 +31,7 @@ from spikemo_model.config import Preset, SpikEmoConfig, TrainingConfig, from_dic
 from spikemo_model.data.corpus import Corpus, collate
 from spikemo_model.data.loader import DialogueLoader
 from spikemo_model.evaluation import Scores, predict, score, write_predictions
+from spikemo_model.hub import Origin
 from spikemo_model.losses import LossTerms, spikemo_loss
 from spikemo_model.model import SpikEmo
 
@@ -205,8 +205,8 @@ def train(
     Args:
         corpus: Data, with the modalities and widths of the configuration.
         preset: The model and how to train it.
-        run_dir: Gets ``config.json``, ``checkpoints/``, ``logs/``, ``model.safetensors``, ``predictions.csv`` and
-            ``metrics.json``.
+        run_dir: Gets ``config.json``, ``checkpoints/``, ``logs/``, ``predictions.csv`` and ``metrics.json``, and is a
+            model directory in the end (`SpikEmo.from_pretrained`).
         accelerator: As in Lightning's Trainer: "auto", "cpu" or "gpu". Started by ``torchrun``, the run uses all
             its processes.
         progress: Whether to show a progress bar, or a line an epoch where the output is no terminal.
@@ -254,7 +254,9 @@ def train(
         seconds=sum(row["seconds"] for row in history.rows),
     )
     write_predictions(run_dir / "predictions.csv", corpus.splits["test"], probabilities, corpus.classes)
-    save_model(model, str(run_dir / "model.safetensors"))
+    model.origin = _origin(corpus, test)
+    for name, content in model.files(training=to_dict(preset.training)).items():
+        replace_atomically(run_dir / name, lambda file, content=content: file.write(content))
     write_json(run_dir / "metrics.json", asdict(result))
     return result
 
@@ -350,6 +352,17 @@ def class_shares(corpus: Corpus) -> Tensor:
     labels = torch.cat([d.labels for d in corpus.splits["train"]])
     counts = torch.bincount(labels[labels >= 0], minlength=len(corpus.classes)) + 1
     return counts / counts.sum()
+
+
+def _origin(corpus: Corpus, test: Scores) -> Origin:
+    """What the model is to remember of its data."""
+    return Origin(
+        data=corpus.name,
+        about=corpus.about,
+        extractors={name: made for name, made in corpus.extractors.items() if name in corpus.about},
+        scores={"weighted F1": test.weighted_f1, "accuracy": test.accuracy},
+        standardised={name: x for name, x in corpus.standardised.items() if name in corpus.about},
+    )
 
 
 def _check_fit(corpus: Corpus, config: SpikEmoConfig) -> None:

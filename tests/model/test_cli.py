@@ -1,0 +1,231 @@
+"""The command line: train, evaluate, predict and import as a user calls them, and one line for what is wrong."""
+
+import csv
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from model_helpers import small_config
+from safetensors.torch import save_file
+from test_legacy import multiemo
+
+from spikemo_model import SpikEmo, Utterance
+from spikemo_model.cli import main
+from spikemo_model.config import MELD_EMOTIONS
+from spikemo_model.conversation import read_conversations
+from spikemo_model.data import load_corpus, save_corpus, standardise, synthetic_corpus
+from spikemo_model.hub import Origin
+from spikemo_model.training import open_run, read_preset
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+@pytest.fixture
+def run(capsys):
+    """Call the command line; its status, output and errors."""
+
+    def call(*arguments):
+        capsys.readouterr()
+        threads = torch.get_num_threads()
+        with pytest.raises(SystemExit) as stopped:
+            main([str(a) for a in arguments])
+        torch.set_num_threads(threads)
+        return stopped.value.code or 0, *capsys.readouterr()
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with two stores, one standardised and one of the same features as they were, and a finished run."""
+    folder = tmp_path_factory.mktemp("cli")
+    raw = synthetic_corpus(8)
+    save_corpus(raw, folder / "raw")
+    save_corpus(standardise(raw, ["audio", "text"]), folder / "store")
+    threads = torch.get_num_threads()
+    options = ["--data-dir", "store", "--modalities", "text,audio", "--epochs", "1", "--time-steps", "2"]
+    options += ["--run-dir", "run", "--batch-size", "4"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        with pytest.raises(SystemExit) as stopped:
+            main(["train", *options])
+    torch.set_num_threads(threads)
+    assert stopped.value.code in (None, 0)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _there(place, monkeypatch):
+    monkeypatch.chdir(place)
+
+
+def test_a_run_is_a_model_directory_that_predicts_what_the_run_did(place):
+    model = SpikEmo.from_pretrained(place / "run" / "seed0")
+    assert model.config.dswa.time_steps == 2
+    assert read_preset(place / "run" / "seed0").training.batch_size == 4
+    rows = list(csv.DictReader((place / "run" / "seed0" / "predictions.csv").open(encoding="utf-8")))
+    corpus = load_corpus(place / "raw")
+    assert model.origin.data == "synthetic"
+    assert model.origin.about == {name: corpus.about[name] for name in ("text", "audio")}
+    metrics = json.loads((place / "run" / "seed0" / "metrics.json").read_text())
+    scores = metrics["test"]
+    assert model.origin.scores == {"weighted F1": scores["weighted_f1"], "accuracy": scores["accuracy"]}
+    for d in corpus.splits["test"]:  # raw features: the model standardises as it has learned
+        pieces = [{name: x[i] for name, x in d.features.items() if name != "visual"} for i in range(len(d))]
+        predicted = model.predict([Utterance(who, "", x) for who, x in zip(d.speakers, pieces, strict=True)])
+        for row, wanted in zip(predicted, (r for r in rows if r["dialogue"] == d.id), strict=True):
+            assert all(row[name] == pytest.approx(float(wanted[name]), abs=1e-4) for name in MELD_EMOTIONS)
+
+
+def test_a_finished_run_resumes_and_another_is_not_overwritten(place, run):
+    weights = (place / "run" / "seed0" / "model.safetensors").read_bytes()
+    status, output, _ = run("train", "--resume", "run")
+    assert status == 0
+    assert "epoch 1 of 1 selected on validation" in output
+    assert (place / "run" / "seed0" / "model.safetensors").read_bytes() == weights
+    status, _, errors = run("train", "--data-dir", "store", "--run-dir", "run")
+    assert (status, errors) == (1, "error: run holds a run already; go on with it by --resume run.\n")
+
+
+def test_evaluate_repeats_the_scores_of_the_run_from_either_store(place, run):
+    metrics = json.loads((place / "run" / "seed0" / "metrics.json").read_text())
+    for store in ("store", "raw"):
+        for split in ("test", "valid"):
+            status, output, _ = run("evaluate", "run/seed0", "--data-dir", store, "--split", split)
+            assert status == 0
+            assert f"data: feature store {store}" in output
+            scores = metrics[split]
+            assert re.search(rf"^weighted +{scores['weighted_f1']:.2f}\b", output, re.MULTILINE)
+            assert f"{scores['utterances']} utterances, {scores['accuracy']:.2f} % right" in output
+            for name, f1 in scores["class_f1"].items():
+                assert re.search(rf"^{name} +{f1:.2f}\b", output, re.MULTILINE)
+            assert f"F1 on {split}, %" in output
+            assert ("paper" in output) == (split == "test")
+
+
+@pytest.fixture
+def chat(tmp_path):
+    """A saved model of one modality, and two dialogues with features, as JSON Lines."""
+    model = SpikEmo(small_config(["audio"])).eval()
+    model.save_pretrained(tmp_path / "model")
+    utterances = [("Joey", "How you doin'? 🙂", "one"), ("Ross", "x" * 10_000, "two"), ("Joey", "So...", "one")]
+    lines = []
+    for i, (speaker, text, dialogue) in enumerate(utterances):
+        save_file({"audio": torch.randn(3)}, tmp_path / f"{i}.safetensors")
+        row = {"speaker": speaker, "text": text, "dialogue": dialogue, "features": f"{i}.safetensors"}
+        lines.append(json.dumps(row, ensure_ascii=False))
+    (tmp_path / "chat.jsonl").write_text("\n".join(lines), "utf-8")
+    return tmp_path
+
+
+def test_predict_prints_an_object_a_line(chat, run):
+    status, output, errors = run("predict", chat / "model", chat / "chat.jsonl", "--json")
+    assert (status, errors) == (0, "")
+    rows = [json.loads(line) for line in output.splitlines()]
+    assert [(row["dialogue"], row["speaker"]) for row in rows] == [("one", "Joey"), ("one", "Joey"), ("two", "Ross")]
+    assert rows[0]["text"] == "How you doin'? 🙂"
+    model = SpikEmo.from_pretrained(chat / "model")
+    dialogues = read_conversations(chat / "chat.jsonl")
+    wanted = [row for utterances in dialogues.values() for row in model.predict(utterances)]
+    assert [row["probabilities"] for row in rows] == wanted
+    assert list(wanted[0]) == list(MELD_EMOTIONS)
+
+
+def test_predict_prints_a_table_of_each_dialogue(chat, run):
+    status, output, _ = run("predict", chat / "model", chat / "chat.jsonl")
+    assert status == 0
+    lines = output.splitlines()
+    assert [line for line in lines if line in ("one", "two")] == ["one", "two"]
+    assert lines[2].split() == ["utterance", "emotion", *MELD_EMOTIONS]
+    said = next(line for line in lines if line.startswith("Joey: How you doin'? 🙂"))
+    emotion, *numbers = said.removeprefix("Joey: How you doin'? 🙂").split()
+    assert numbers[MELD_EMOTIONS.index(emotion)] == max(numbers)
+    assert sum(map(float, numbers)) == pytest.approx(1, abs=0.04)
+    assert any(line.startswith("Ross: ...") for line in lines)
+    assert max(map(len, lines)) < 160
+
+
+def test_import_makes_a_store(tmp_path, run):
+    lengths = multiemo(tmp_path / "source")
+    status, output, _ = run("import", tmp_path / "source", tmp_path / "store")
+    assert status == 0
+    assert "MELD: text 5-d, audio 4-d, visual 3-d" in output
+    assert f"test: 5 dialogues, {sum(lengths[i] for i in range(1153, 1158))} utterances" in output
+    assert load_corpus(tmp_path / "store").widths == {"text": 5, "audio": 4, "visual": 3}
+    status, _, errors = run("import", tmp_path / "source", tmp_path / "store")
+    assert status == 1
+    assert re.fullmatch(r"error: .*store exists already\. Choose another folder or remove it\.\n", errors)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["trian"], "No such command 'trian'. Did you mean 'train'?"),
+        (["train", "--epochs", "0"], "Invalid value for '--epochs'"),
+        (["train", "--preset", "large"], "Invalid value for '--preset'"),
+        (["train", "--bogus"], "No such option: --bogus"),
+        (["train", "--data-dir", "nowhere"], "MELD: --data-dir is nowhere, but neither it nor"),
+        (["train", "--data-dir", "store", "--modalities", "smell"], r"asked for the modalities \['smell'\]"),
+        (["train", "--data", "mosi", "--data-dir", "nowhere"], "CMU-MOSI: there is no nowhere"),
+        (["train", "--resume", "nowhere"], "--resume: there is no nowhere/options.json; nowhere holds no run"),
+        (["evaluate", "run"], r"run holds no config\.json\. These do: seed0\."),
+        (["evaluate", "run/seed0", "--data-dir", "nowhere"], "--data-dir is nowhere"),
+        (["predict", "run/seed0", "nowhere.csv"], "No such file or directory: 'nowhere.csv'"),
+        (["predict", "run/seed0", "bad.jsonl"], "bad.jsonl, line 2: this is no JSON"),
+        (["predict", "run/seed0", "good.jsonl"], "good.jsonl, line 1: there are no text features, and the model"),
+        (["predict", "run/seed0"], "Missing argument"),
+        (["import", "nowhere", "new"], "legacy features: nowhere must hold"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(place, run, arguments, message):
+    good = '{"speaker": "Joey", "text": "Hi."}\n'
+    (place / "good.jsonl").write_text(good)
+    (place / "bad.jsonl").write_text(good + "{")
+    before = sorted(p.name for p in place.iterdir())
+    status, output, errors = run(*arguments)
+    assert (status, output) == (1, "")
+    assert re.match(f"error: .*{message}", errors)
+    assert len(errors.splitlines()) == 1
+    assert sorted(p.name for p in place.iterdir()) == before
+
+
+def test_a_model_is_not_scored_on_features_that_it_does_not_know(place, run, tmp_path):
+    save_corpus(standardise(synthetic_corpus(8, seed=1), ["text", "audio"]), tmp_path / "other")
+    status, _, errors = run("evaluate", "run/seed0", "--data-dir", tmp_path / "other")
+    assert status == 1
+    assert re.match("error: synthetic: text features are standardised in another way", errors)
+
+
+def test_an_unfinished_run_is_no_model(place, tmp_path):
+    open_run(tmp_path / "seed0", read_preset(place / "run" / "seed0"))
+    with pytest.raises(FileNotFoundError, match="is a run that is not finished"):
+        SpikEmo.from_pretrained(tmp_path / "seed0")
+
+
+def test_a_model_of_unknown_origin_is_scored_on_features_as_they_are(place, run, tmp_path):
+    model = SpikEmo.from_pretrained(place / "run" / "seed0")
+    model.origin = Origin()
+    model.save_pretrained(tmp_path / "model")
+    _, own, _ = run("evaluate", place / "run" / "seed0", "--data-dir", "store")
+    _, unknown, _ = run("evaluate", tmp_path / "model", "--data-dir", "store")
+    assert unknown.splitlines()[2:] == own.splitlines()[2:]
+
+
+def test_without_a_command_all_are_listed():
+    done = subprocess.run([sys.executable, "-m", "spikemo_model"], cwd=ROOT, capture_output=True, text=True, check=True)
+    commands = ["train", "evaluate", "predict", "import", "experiment", "extract", "finetune-text"]
+    assert re.findall(r"^  ([a-z-]+) +[A-Z]", done.stdout.partition("Commands:")[2], re.MULTILINE) == commands
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate", "predict", "import"])
+def test_every_option_is_explained_and_examples_are_shown(run, command):
+    status, output, _ = run(command, "--help")
+    assert status == 0
+    assert f"\n    {command} " in output.partition("Examples:")[2]
+    options = output.partition("Options:")[2].partition("Examples:")[0]
+    for entry in re.findall(r"^  (--.*(?:\n {4,}.*)*)", options, re.MULTILINE):
+        assert len(entry.split()) > 3, entry
