@@ -1,6 +1,7 @@
 """Training with Lightning: the module, the data, and one function that runs a whole experiment."""
 
 import atexit
+import gc
 import json
 import os
 import sys
@@ -57,16 +58,27 @@ class SpikEmoTask(pl.LightningModule):
         self.model = SpikEmo(preset.model)
         self.valid_f1 = MulticlassF1Score(len(preset.model.classes), average="weighted")
 
+    def on_train_start(self) -> None:
+        """Give each process its own dropout; the first keeps that of a single one."""
+        if self.global_rank:
+            torch.manual_seed(self.training_config.seed + self.global_rank)
+
     def training_step(self, batch: DialogueBatch, batch_idx: int) -> dict[str, Any]:
         """Loss of a batch, its terms and how many utterances they are the mean of.
+
+        Of several processes each has the loss of the whole batch, so that they train as one would.
 
         Raises:
             TrainingDivergedError: The loss is not finite.
         """
         logits, fused = self.model(batch)
         labels, labelled = self._labelled(batch)
-        by_modality = {name: x[labelled] for name, x in fused.items()}
-        terms = spikemo_loss(logits[labelled], by_modality, labels, self.training_config.loss, self.class_shares)
+        rows = [logits[labelled], labels, *(x[labelled] for x in fused.values())]
+        if self.trainer.world_size > 1:
+            rows = self._of_all_processes(rows)
+        logits, labels, *by_modality = rows
+        features = dict(zip(fused, by_modality, strict=True))
+        terms = spikemo_loss(logits, features, labels, self.training_config.loss, self.class_shares)
         if not torch.isfinite(terms.total):
             raise TrainingDivergedError(
                 f"The loss is {terms.total.item()} at step {self.global_step} (epoch {self.current_epoch}), on the "
@@ -105,6 +117,21 @@ class SpikEmoTask(pl.LightningModule):
             raise ValueError("SpikEmoTask: the batch has no labels.")
         labelled = batch.mask & (batch.labels >= 0)
         return batch.labels[labelled], labelled
+
+    def _of_all_processes(self, rows: list[Tensor]) -> list[Tensor]:
+        """Tensors [N, ...] of all processes, one after another, N each process's own.
+
+        The backward pass adds up what the P processes have for a row. They have the same loss, so that is P times its
+        gradient, and by DDP's mean over processes the gradient of that loss.
+        """
+        gather = self.trainer.strategy.all_gather
+        counts = gather(torch.tensor([len(rows[0])], device=self.device)).flatten().tolist()
+        whole = []
+        for x in rows:
+            padded = torch.cat([x, x.new_zeros(max(counts) - len(x), *x.shape[1:])])
+            gathered = gather(padded, sync_grads=x.requires_grad)  # [P, max N, ...]
+            whole.append(torch.cat([own[:count] for own, count in zip(gathered, counts, strict=True)]))
+        return whole
 
     def _last_checkpoint(self) -> str:
         """Path of the newest checkpoint, or that there is none."""
@@ -297,7 +324,12 @@ def _trainer(
 
 
 def _leave_process_group() -> None:
-    """Stop the threads by which this process talks to the others."""
+    """Stop the threads by which this process talks to the others.
+
+    The model in DDP first: its reducer, if it is the last to let go of the group, joins Gloo's threads while it holds
+    the interpreter's lock, which one of them may be waiting for.
+    """
+    gc.collect()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 

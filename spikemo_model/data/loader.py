@@ -1,6 +1,7 @@
 """Batches of dialogues: a pure function of the seed and the epoch, that remembers where it is."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -22,8 +23,8 @@ class DialogueLoader:
         batch_size: Dialogues a batch, over all processes.
         seed: Of the order; None keeps dialogues sorted by length, for evaluation.
         rank: Number of this process.
-        world_size: How many processes share each batch. In training a last batch that cannot give every process
-            a dialogue is left out.
+        world_size: How many processes share each batch. In training a process for which a batch has no dialogue
+            gets its first one without labels, so that all of them take the same steps.
     """
 
     def __init__(
@@ -60,7 +61,8 @@ class DialogueLoader:
             self.position = 0
         for batch in batches[self.position :]:
             self.position += 1
-            yield collate([self.dialogues[i] for i in batch])
+            own = batch if self.seed is None else batch[self.rank :: self.world_size]
+            yield collate([self.dialogues[i] for i in own] or [_without_labels(self.dialogues[batch[0]])])
 
     def state_dict(self) -> dict[str, int]:
         """Epoch and how many of its batches have been given out."""
@@ -71,22 +73,25 @@ class DialogueLoader:
         self.epoch, self.position = state["epoch"], state["position"]
 
     def _batches(self) -> list[list[int]]:
-        """This process's dialogues, by index, of every batch of this epoch."""
+        """Dialogues, by index, of every batch of this epoch: in training of all processes, else of this one."""
         if self.seed is None:
             own = self._by_length(range(len(self.dialogues)))[self.rank :: self.world_size]
             return _chunks(own, self.batch_size // self.world_size)
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         order = torch.randperm(len(self.dialogues), generator=generator).tolist()
         batches = [
-            batch[self.rank :: self.world_size]
+            batch
             for bucket in _chunks(order, _BUCKET * self.batch_size)
             for batch in _chunks(self._by_length(bucket), self.batch_size)
-            if len(batch) >= self.world_size
         ]
         return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
 
     def _by_length(self, indices: Iterable[int]) -> list[int]:
         return sorted(indices, key=lambda i: len(self.dialogues[i]))
+
+
+def _without_labels(dialogue: Conversation) -> Conversation:
+    return replace(dialogue, labels=torch.full_like(dialogue.labels, -1))
 
 
 def _chunks(items: list[int], size: int) -> list[list[int]]:
