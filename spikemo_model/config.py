@@ -114,6 +114,8 @@ class SpikEmoConfig:
             that is not centred, membranes carried from one modality to the next.
         is_causal: Whether an utterance sees itself and those before only, so that `SpikEmo.step` classifies a
             conversation as it goes on: contexts "none" or "forward", causal attention, a running softmax in eq. (2).
+        modality_dropout: Probability in [0, 1) that a training step goes without a modality (one is always left). Above
+            0 the model may be given any non-empty subset of its modalities.
     """
 
     modalities: dict[str, ModalityConfig]
@@ -126,6 +128,7 @@ class SpikEmoConfig:
     fusion: FusionConfig = field(default_factory=FusionConfig)
     published_behaviour: bool = False
     is_causal: bool = False
+    modality_dropout: float = 0.0
 
     def __post_init__(self) -> None:
         """Check ranges and what has to fit together."""
@@ -133,7 +136,7 @@ class SpikEmoConfig:
         _require(len(self.classes) >= 2, self, "classes must name at least two", self.classes)
         _require(len(set(self.classes)) == len(self.classes), self, "classes must be distinct", self.classes)
         _require(self.classifier_hidden >= 1, self, "classifier_hidden must be at least 1", self.classifier_hidden)
-        for name in ("dropout", "input_dropout"):
+        for name in ("dropout", "input_dropout", "modality_dropout"):
             _require(0 <= getattr(self, name) < 1, self, f"{name} must be in [0, 1)", getattr(self, name))
         if any(modality.context == "gru" for modality in self.modalities.values()):
             _require(self.dim % 2 == 0, self, 'dim must be even for context "gru"', self.dim)

@@ -261,14 +261,14 @@ class ModalityEncoders(nn.ModuleDict):
     def forward(
         self, features: dict[str, Float[Tensor, "B L F"]], speakers: Int[Tensor, "B L"], mask: Bool[Tensor, "B L"]
     ) -> dict[str, Float[Tensor, "B L D"]]:
-        """``features`` [B, L, F] of every modality to [B, L, D]."""
+        """``features`` [B, L, F] of every modality that there is to [B, L, D]."""
         return self.go_on(features, speakers, mask, None)[0]
 
     def go_on(
         self, features: dict[str, Tensor], speakers: Tensor, mask: Tensor, state: DialogueState | None
     ) -> tuple[dict[str, Tensor], DialogueState | None]:
         """The same from ``state`` on, if the contexts read forward only, and the state after the last utterance."""
-        encoders = cast("dict[str, ModalityEncoder]", dict(self.items()))
+        encoders = {name: cast(ModalityEncoder, self[name]) for name in self if name in features}
         encoded = {name: encoder.project(features[name]) for name, encoder in encoders.items()}
         recurrent = {name: e.context for name, e in encoders.items() if isinstance(e.context, DialogueRNN)}
         if recurrent:

@@ -1,6 +1,6 @@
 """Fusion of the modalities (paper, III-B): MultiAttn."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import cast
 
 import torch
@@ -8,6 +8,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from spikemo_model.config import FusionConfig
+
+# Keys and values [2, B, S, D] for each of the other modalities, a row an utterance; None where it is missing.
+Rows = list[Tensor | None]
 
 
 class FusionLayer(nn.Module):
@@ -34,27 +37,33 @@ class FusionLayer(nn.Module):
         )
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, others: list[Tensor], padding: Tensor | None, is_causal: bool = False) -> Tensor:
-        """``x`` [B, L, D] after attending to ``others``; ``padding`` [B, L] is True where keys do not count."""
+    def forward(
+        self, x: Tensor, others: Sequence[Tensor | None], padding: Tensor | None, is_causal: bool = False
+    ) -> Tensor:
+        """``x`` [B, L, D] after attending to ``others``; ``padding`` [B, L] is True where keys do not count.
+
+        The stage of another modality that is None is left out.
+        """
         later = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).triu(1) if is_causal else None
         *norms, last_norm = self.norms
         for attention, norm, other in zip(self.attentions, norms, others, strict=True):
+            if other is None:
+                continue
             masks = {"key_padding_mask": padding, "attn_mask": later}
             attended, _ = attention(x, other, other, need_weights=False, **masks)
             x = norm(x + self.dropout(attended))
         return last_norm(x + self.dropout(self.feed_forward(x)))
 
-    def step(self, x: Tensor, others: list[Tensor], state: list[Tensor] | None) -> tuple[Tensor, list[Tensor]]:
-        """The next utterances ``x`` [B, L, D] of causal dialogues, and the keys and values of all so far.
-
-        Those are [2, B, S, D] for each of the others, one row an utterance.
-        """
+    def step(self, x: Tensor, others: Sequence[Tensor | None], state: Rows | None) -> tuple[Tensor, Rows]:
+        """The next utterances ``x`` [B, L, D] of causal dialogues, and the keys and values of all so far."""
         *norms, last_norm = self.norms
-        after = []
+        after: Rows = []
         attentions = cast("list[nn.MultiheadAttention]", self.attentions)
         for i, (attention, norm, other) in enumerate(zip(attentions, norms, others, strict=True)):
-            attended, rows = _attend_on(attention, x, other, None if state is None else state[i])
-            x = norm(x + self.dropout(attended))
+            rows = None if state is None else state[i]
+            if other is not None:
+                attended, rows = _attend_on(attention, x, other, rows)
+                x = norm(x + self.dropout(attended))
             after.append(rows)
         return last_norm(x + self.dropout(self.feed_forward(x))), after
 
@@ -108,21 +117,24 @@ class MultiAttn(nn.Module):
     def forward(
         self, features: dict[str, Float[Tensor, "B L D"]], mask: Bool[Tensor, "B L"] | None
     ) -> dict[str, Float[Tensor, "B L D"]]:
-        """Fused features by modality; ``mask`` [B, L] is True at utterances, None attends to padding, too."""
+        """Fused features by modality; ``mask`` [B, L] is True at utterances, None attends to padding, too.
+
+        Modalities that are not in ``features`` are left out: of the result, and as what the others attend to.
+        """
         padding = None if mask is None else ~mask
 
-        def attend(layer: FusionLayer, x: Tensor, others: list[Tensor]) -> Tensor:
+        def attend(layer: FusionLayer, x: Tensor, others: Sequence[Tensor | None]) -> Tensor:
             return layer(x, others, padding, self.is_causal)
 
         return self._through(features, attend)
 
     def step(
-        self, features: dict[str, Float[Tensor, "B L D"]], state: list[list[Tensor]] | None = None
-    ) -> tuple[dict[str, Float[Tensor, "B L D"]], list[list[Tensor]]]:
+        self, features: dict[str, Float[Tensor, "B L D"]], state: list[Rows] | None = None
+    ) -> tuple[dict[str, Float[Tensor, "B L D"]], list[Rows]]:
         """The next utterances of causal dialogues, and the keys and values of all so far, layer by layer."""
         before, after = iter(state or []), []
 
-        def attend(layer: FusionLayer, x: Tensor, others: list[Tensor]) -> Tensor:
+        def attend(layer: FusionLayer, x: Tensor, others: Sequence[Tensor | None]) -> Tensor:
             x, rows = layer.step(x, others, next(before, None))
             after.append(rows)
             return x
@@ -130,15 +142,16 @@ class MultiAttn(nn.Module):
         return self._through(features, attend), after
 
     def _through(
-        self, features: dict[str, Tensor], attend: Callable[[FusionLayer, Tensor, list[Tensor]], Tensor]
+        self, features: dict[str, Tensor], attend: Callable[[FusionLayer, Tensor, Sequence[Tensor | None]], Tensor]
     ) -> dict[str, Tensor]:
-        """Every modality through its stack of layers."""
+        """Every modality that there is through its stack of layers."""
         fused = dict(features)
         for layers in zip(*self.stacks.values(), strict=True):
             keys = features if self.keys == "features" else fused
             fused = {
-                name: attend(layer, fused[name], [x for other, x in keys.items() if other != name])
+                name: attend(layer, fused[name], [keys.get(other) for other in self.stacks if other != name])
                 for name, layer in zip(self.stacks, layers, strict=True)
+                if name in features
             }
         return fused
 
@@ -147,18 +160,20 @@ class Classifier(nn.Module):
     """Logits of the fused modalities: concatenation, a linear layer and an MLP (eq. 12, before its softmax).
 
     Args:
-        modalities: How many there are.
+        names: The modalities, in order.
         dim: Width D of each.
         hidden: Width inside the MLP.
         classes: C.
         dropout: Probability.
     """
 
-    def __init__(self, modalities: int, dim: int, hidden: int, classes: int, dropout: float = 0.0) -> None:
+    def __init__(self, names: list[str], dim: int, hidden: int, classes: int, dropout: float = 0.0) -> None:
         super().__init__()
-        self.merge = nn.Linear(modalities * dim, dim)
+        self.names = names
+        self.merge = nn.Linear(len(names) * dim, dim)
         self.mlp = nn.Sequential(nn.Linear(dim, hidden), nn.ReLU(), nn.Dropout(dropout), nn.Linear(hidden, classes))
 
     def forward(self, fused: dict[str, Float[Tensor, "B L D"]]) -> Float[Tensor, "B L C"]:
-        """Logits [B, L, C]."""
-        return self.mlp(self.merge(torch.cat(list(fused.values()), dim=-1)))
+        """Logits [B, L, C]; a modality that is missing is zero."""
+        missing = torch.zeros_like(next(iter(fused.values())))
+        return self.mlp(self.merge(torch.cat([fused.get(name, missing) for name in self.names], dim=-1)))

@@ -11,7 +11,7 @@ from spikemo_model.config import SpikEmoConfig
 from spikemo_model.context import DialogueState, ModalityEncoder, ModalityEncoders
 from spikemo_model.conversation import Utterance
 from spikemo_model.dswa import DSWAState, DynamicSpikingWeightAdaptation
-from spikemo_model.fusion import Classifier, MultiAttn
+from spikemo_model.fusion import Classifier, MultiAttn, Rows
 from spikemo_model.hub import Pretrained
 
 
@@ -27,7 +27,7 @@ class SpikEmoState(NamedTuple):
 
     context: DialogueState | None
     dswa: dict[str, DSWAState]
-    rows: list[list[Tensor]] | None
+    rows: list[Rows] | None
 
 
 class SpikEmo(Pretrained):
@@ -73,19 +73,20 @@ class SpikEmo(Pretrained):
                 }
             )
         self.fusion = MultiAttn(names, config.dim, config.fusion, config.dropout, config.is_causal)
-        self.classifier = Classifier(
-            len(names), config.dim, config.classifier_hidden, len(config.classes), config.dropout
-        )
+        self.classifier = Classifier(names, config.dim, config.classifier_hidden, len(config.classes), config.dropout)
 
     def forward(self, batch: DialogueBatch) -> SpikEmoOutput:
         """Logits and fused features of ``batch``.
 
+        Modalities may be missing if ``config.modality_dropout`` is above 0; training leaves some out by chance.
+
         Raises:
             ValueError: A modality is missing from the batch, or its features have another width.
         """
-        for name in self.encoders:
-            self._check(batch, name)
-        encoded = self.encoders(batch.features, batch.speakers, batch.mask)
+        features = self._checked(batch)
+        if self.training and self.config.modality_dropout:
+            features = self._some(features)
+        encoded = self.encoders(features, batch.speakers, batch.mask)
         adapted = self._adapt(encoded, batch.mask)
         fused = self.fusion(adapted, None if self.config.published_behaviour else batch.mask)
         return SpikEmoOutput(self.classifier(fused), fused)
@@ -123,10 +124,8 @@ class SpikEmo(Pretrained):
             raise ValueError("SpikEmo: step needs a configuration with is_causal=True, and eval().")
         if not batch.mask.all():
             raise ValueError("SpikEmo: step takes utterances without padding; give dialogues that pause a call each.")
-        for name in self.encoders:
-            self._check(batch, name)
         context, dswa, rows = state or SpikEmoState(None, {}, None)
-        encoded, context = self.encoders.go_on(batch.features, batch.speakers, batch.mask, context)
+        encoded, context = self.encoders.go_on(self._checked(batch), batch.speakers, batch.mask, context)
         adapted, dswa = self._adapt_on(encoded, dswa)
         fused, rows = self.fusion.step(adapted, rows)
         return SpikEmoOutput(self.classifier(fused), fused), SpikEmoState(context, dswa, rows)
@@ -151,13 +150,29 @@ class SpikEmo(Pretrained):
         (rows,) = predict(self, [prepare(conversation, self.config, self.origin)])
         return [dict(zip(self.config.classes, row.tolist(), strict=True)) for row in rows]
 
-    def _check(self, batch: DialogueBatch, name: str) -> None:
-        """The batch has the modality, at the width of the configuration."""
-        if name not in batch.features:
-            raise ValueError(f"SpikEmo: the batch lacks the modality {name!r}; it has {sorted(batch.features)}.")
-        width, wanted = batch.features[name].shape[-1], self.config.modalities[name].features
-        if width != wanted:
-            raise ValueError(f"SpikEmo: {name} features must be {wanted} wide, got {width}.")
+    def _checked(self, batch: DialogueBatch) -> dict[str, Tensor]:
+        """The features that the model reads: all, at the widths of the configuration, or those that there are."""
+        missing = [name for name in self.encoders if name not in batch.features]
+        if missing and not self.config.modality_dropout:
+            raise ValueError(
+                f"SpikEmo: the batch lacks the modality {missing[0]!r}; it has {sorted(batch.features)}. A model that "
+                "was trained with modality_dropout does without."
+            )
+        if len(missing) == len(self.encoders):
+            raise ValueError(f"SpikEmo: the batch has none of {list(self.encoders)}; it has {sorted(batch.features)}.")
+        features = {name: batch.features[name] for name in self.encoders if name not in missing}
+        for name, x in features.items():
+            wanted = self.config.modalities[name].features
+            if x.shape[-1] != wanted:
+                raise ValueError(f"SpikEmo: {name} features must be {wanted} wide, got {x.shape[-1]}.")
+        return features
+
+    def _some(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Each of ``features`` with probability 1 - ``modality_dropout``, at least one."""
+        chances = dict(zip(features, torch.rand(len(features)).tolist(), strict=True))
+        kept = {name: x for name, x in features.items() if chances[name] >= self.config.modality_dropout}
+        likeliest = max(features, key=chances.__getitem__)
+        return kept or {likeliest: features[likeliest]}
 
     def _adapt(self, encoded: dict[str, Tensor], mask: Tensor) -> dict[str, Tensor]:
         """DSWA on every modality: each on its own, or all as one batch where they share its weights."""

@@ -135,3 +135,36 @@ def test_dropout_acts_in_training_only():
     assert not torch.equal(model(batch).logits, model(batch).logits)
     model.eval()
     assert torch.equal(model(batch).logits, model(batch).logits)
+
+
+def without(batch, *names):
+    return replace(batch, features={name: x for name, x in batch.features.items() if name not in names})
+
+
+def test_a_model_of_all_modalities_refuses_a_batch_that_lacks_one_and_says_what_helps():
+    with pytest.raises(ValueError, match=r"lacks the modality 'audio'.*modality_dropout"):
+        SpikEmo(small_config()).double()(without(random_batch([3]), "audio"))
+
+
+@pytest.mark.parametrize("missing", [("audio",), ("text", "visual")])
+def test_missing_modalities_are_those_of_a_model_without_them(missing):
+    model = SpikEmo(small_config(modality_dropout=0.3)).double().eval()
+    batch = random_batch([5, 3])
+    logits, fused = model(without(batch, *missing))
+    assert set(fused) == set(batch.features) - set(missing)
+    for name in missing:  # what its part of the model would do makes no difference
+        for parameter in [*model.encoders[name].parameters(), *model.fusion.stacks[name].parameters()]:
+            parameter.data.fill_(7.0)
+    assert torch.equal(model(without(batch, *missing)).logits, logits)
+    assert not torch.equal(model(batch).logits, logits)
+    with pytest.raises(ValueError, match="has none of"):
+        model(replace(batch, features={"other": batch.features["text"]}))
+
+
+def test_training_goes_without_modalities_by_chance_and_never_without_all():
+    model = SpikEmo(small_config(modality_dropout=0.5)).double().train()
+    batch = random_batch([3])
+    subsets = [frozenset(model(batch).fused) for _ in range(60)]
+    assert len(set(subsets)) == 7  # every subset but the empty one
+    assert frozenset() not in subsets
+    assert set(model.eval()(batch).fused) == set(batch.features)
