@@ -36,6 +36,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--accelerator", choices=("auto", "cpu", "gpu"), default="auto")
     parser.add_argument("--save-every", type=int, default=0, help="steps between checkpoints inside an epoch")
+    parser.add_argument("--causal", action="store_true", help="a model for live conversations: it sees the past only")
+    parser.add_argument("--modality-dropout", type=float, default=0.0, help="probability that a step lacks a modality")
     parser.add_argument("--run-dir", help="default: runs/meld-<time>")
     parser.add_argument("--resume", metavar="RUN_DIR", help="go on with a run, with its own options")
     options = vars(parser.parse_args(argv))

@@ -45,6 +45,8 @@ class Job:
         first_seed: Seed of the first.
         accelerator: As in Lightning's Trainer.
         save_every: Steps between two checkpoints inside an epoch; 0 saves at the end of each.
+        causal: Train a model that sees the past only (`SpikEmoConfig`), with DialogueRNN for the compact preset's GRUs.
+        modality_dropout: As in `SpikEmoConfig`.
     """
 
     data: Literal["meld", "mosi"] = "meld"
@@ -61,6 +63,8 @@ class Job:
     first_seed: int = 0
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
     save_every: int = 0
+    causal: bool = False
+    modality_dropout: float = 0.0
 
 
 def new_run_dir(name: str) -> Path:
@@ -128,6 +132,13 @@ def configure(job: Job, corpus: Corpus) -> Preset:
         model = replace(model, modalities=modalities, classes=corpus.classes)
     if job.time_steps is not None and model.dswa is not None:
         model = replace(model, dswa=replace(model.dswa, time_steps=job.time_steps))
+    if job.causal:
+        onward = {
+            name: replace(own, context="none" if own.context == "none" else "forward")
+            for name, own in model.modalities.items()
+        }
+        model = replace(model, modalities=onward, is_causal=True)
+    model = replace(model, modality_dropout=job.modality_dropout)
     return Preset(model, _configure_training(job, training))
 
 

@@ -117,3 +117,12 @@ def test_mosi_trains_all_three_branches(data, tmp_path):
     assert metrics["test"]["utterances"] == 686
     assert metrics["test"]["weighted_f1"] > 60
     assert run("train_mosi.py", cwd=tmp_path, check=False).stderr.startswith("error: set SPIKEMO_DATA")
+
+
+def test_a_causal_model_is_trained_and_listens_to_a_dialogue(data, tmp_path):
+    output = run("live.py", "--epochs", 1, "--dialogues", 1, data=data, TMPDIR=str(tmp_path)).stdout
+    heard = output.partition("\ndia17\n")[2].splitlines()
+    assert len(heard) == 33  # the longest of MELD's test dialogues
+    pattern = r" +(neutral|surprise|fear|sadness|joy|disgust|anger) +\d+% \(it is \w+; \d+ ms\)  \w+: .+"
+    assert all(re.fullmatch(pattern, line) for line in heard), heard
+    assert "Joey: Question. Was ah" in output
