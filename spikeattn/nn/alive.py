@@ -29,7 +29,7 @@ def norm_gain(tau: float) -> float:
     return math.sqrt(2 * tau - 1)
 
 
-@cache
+@torch.compiler.assume_constant_result
 def design_rate(tau: float) -> float:
     """Firing rate, in spikes a time step, of LIF neurons under constant currents from N(0, norm_gain(tau)^2).
 
@@ -43,6 +43,12 @@ def design_rate(tau: float) -> float:
         >>> round(design_rate(10.0), 2), round(design_rate(2.0), 2)
         (0.12, 0.19)
     """
+    return _design_rate(tau)
+
+
+@cache
+def _design_rate(tau: float) -> float:
+    """The sum of `design_rate`."""
     r = 1 - 1 / tau
     rate = 0.0
     for n in range(1, 1000):

@@ -251,6 +251,7 @@ def test_nan_never_fires_and_stays_where_it_is():
         ({"x": torch.zeros(8, 110, 256), "v0": torch.zeros(256, 110)}, r"\(110, 256\), got \(256, 110\)"),
         ({"tau": 1.0}, r"tau must be > 1 time step, got 1.0"),
         ({"tau": float("nan")}, r"tau must be > 1"),
+        ({"tau": torch.tensor(0.5)}, r"tau must be > 1 time step, got 0.5"),
         ({"tau": torch.tensor([2.0, 3.0])}, r"one element, got shape \(2,\)"),
         ({"v_threshold": 0.0}, r"v_threshold must be above v_reset"),
         ({"v_threshold": float("inf")}, r"must be finite"),

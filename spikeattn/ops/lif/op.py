@@ -78,8 +78,8 @@ def lif(
         fires and its neuron's potential stays NaN.
 
     Raises:
-        ValueError: ``x`` has no time axis or T is 0, ``v0`` does not have shape ``x.shape[1:]``, tau <= 1, the
-            threshold is not above the reset.
+        ValueError: ``x`` has no time axis or T is 0, ``v0`` does not have shape ``x.shape[1:]``, tau <= 1 (a tensor on
+            a GPU is not looked at), the threshold is not above the reset.
         TypeError: ``x`` is not a floating tensor; ``surrogate`` is not callable.
         BackendUnavailableError: The named backend cannot run here; the message says why.
 
@@ -91,6 +91,8 @@ def lif(
     if isinstance(tau, Tensor):
         if tau.numel() != 1:
             raise ValueError(f"lif: tau must be a number or a tensor of one element, got shape {tuple(tau.shape)}.")
+        if tau.device.type == "cpu" and not torch.compiler.is_compiling():  # a GPU would have to be waited for
+            _checks.check_tau("lif", tau.item())
         r_tau, tau = tau.reshape(()).reciprocal(), 1.0
     else:
         _checks.check_tau("lif", tau)
