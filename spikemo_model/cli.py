@@ -97,6 +97,13 @@ def train(
     save_every: Annotated[
         int, typer.Option(help="Steps between two checkpoints inside an epoch; 0: only at its end.", min=0)
     ] = 0,
+    causal: Annotated[
+        bool, typer.Option("--causal", help="Train a model for live conversations, which sees the past only.")
+    ] = False,
+    modality_dropout: Annotated[
+        float,
+        typer.Option(help="Probability that a step lacks a modality, in [0, 1); above 0, predict does without some."),
+    ] = 0.0,
     run_dir: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="New folder of the runs. Default: runs/DATA-<time>.", show_default=False),
@@ -122,9 +129,23 @@ def train(
             return
         names = tuple(modalities.split(",")) if modalities else None
         job = Job(
-            data, data_dir, text, names, preset, epochs, batch_size, time_steps, patience, precision, seeds,
-            first_seed, accelerator, save_every,
-        )  # fmt: skip
+            data=data,
+            data_dir=data_dir,
+            text=text,
+            modalities=names,
+            preset=preset,
+            epochs=epochs,
+            batch_size=batch_size,
+            time_steps=time_steps,
+            patience=patience,
+            precision=precision,
+            seeds=seeds,
+            first_seed=first_seed,
+            accelerator=accelerator,
+            save_every=save_every,
+            causal=causal,
+            modality_dropout=modality_dropout,
+        )
         run_job(job, run_dir or new_run_dir(data))
     except TrainingDivergedError as error:
         raise ValueError(error) from error
@@ -177,8 +198,9 @@ chat.csv has a header:
   Joey,"How you doin'?",scene 1,joey.safetensors,
 \b
 Only speaker and text must be there. Features that are not given are made by the extractors that the model
-remembers: text of the text, audio and visual of the clip. Utterances without dialogue are one dialogue. Empty lines
-are passed over; an empty text is an utterance; a text encoder reads as much of a long one as it takes.
+remembers: text of the text, audio and visual of the clip. A model of --modality-dropout does without a modality that
+no utterance has. Utterances without dialogue are one dialogue. Empty lines are passed over; an empty text is an
+utterance; a text encoder reads as much of a long one as it takes.
 \b
 Examples:
   predict runs/first/seed0 chat.jsonl

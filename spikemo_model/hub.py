@@ -6,7 +6,7 @@ import shutil
 import tempfile
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
@@ -14,6 +14,8 @@ from spikemo_model.config import SpikEmoConfig, from_dict, to_dict
 
 _FORMAT = "spikemo-model-1"
 _CARD, _CONSTANTS, _WEIGHTS, _CONFIG = "README.md", "standardised.safetensors", "model.safetensors", "config.json"
+
+M = TypeVar("M", bound="Pretrained")
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class Pretrained(nn.Module):
         self.origin = Origin()
 
     @classmethod
-    def from_pretrained(cls, name_or_folder: str | os.PathLike[str], revision: str | None = None) -> Self:
+    def from_pretrained(cls: type[M], name_or_folder: str | os.PathLike[str], revision: str | None = None) -> M:
         """Load a model, in eval mode, on the CPU, with the bits and types that were saved.
 
         Args:

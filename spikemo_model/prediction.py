@@ -19,6 +19,8 @@ from spikemo_model.hub import Origin
 def prepare(utterances: Sequence[Utterance], config: SpikEmoConfig, origin: Origin) -> Conversation:
     """Features of the modalities of a configuration, checked, extracted where they are not given, and standardised.
 
+    With ``modality_dropout``, a modality that no utterance has is left out.
+
     Args:
         utterances: At least one.
         config: Of the model.
@@ -47,11 +49,15 @@ def prepare(utterances: Sequence[Utterance], config: SpikEmoConfig, origin: Orig
     )
     features = {}
     for name, modality in config.modalities.items():
+        if config.modality_dropout and not any(_has(u, name, origin) for u in named):
+            continue
         rows = _rows(name, named, dialogue, origin)
         x = torch.stack(
             [_checked(row, modality.features, f"{u.where}: {name}") for row, u in zip(rows, named, strict=True)]
         )
         features[name] = scaled_by(x, origin.standardised[name]) if name in origin.standardised else x
+    if not features:
+        raise ConversationError(f"predict: no utterance has {' or '.join(config.modalities)} features. Give some.")
     return replace(dialogue, features=features)
 
 
@@ -84,6 +90,16 @@ def fit(corpus: Corpus, config: SpikEmoConfig, origin: Origin) -> Corpus:
                 "trained on. Choose the data and text features that it was trained on."
             )
     return standardise_by(corpus, scale)
+
+
+def _has(utterance: Utterance, modality: str, origin: Origin) -> bool:
+    """Whether there are features of a modality, or what its extractor makes them of."""
+    made_by = origin.extractors.get(modality, {}).get("name")
+    return (
+        modality in utterance.features
+        or made_by in ("encoder_features", "ContextEncoder")
+        or (made_by in ("functionals", "FaceEncoder") and utterance.clip is not None)
+    )
 
 
 def _rows(modality: str, utterances: Sequence[Utterance], dialogue: Conversation, origin: Origin) -> list[Any]:

@@ -48,7 +48,7 @@ def place(tmp_path_factory):
     save_corpus(standardise(raw, ["audio", "text"]), folder / "store")
     threads = torch.get_num_threads()
     options = ["--data-dir", "store", "--modalities", "text,audio", "--epochs", "1", "--time-steps", "2"]
-    options += ["--run-dir", "run", "--batch-size", "4"]
+    options += ["--run-dir", "run", "--batch-size", "4", "--causal", "--modality-dropout", "0.2"]
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         with pytest.raises(SystemExit) as stopped:
@@ -66,6 +66,7 @@ def _there(place, monkeypatch):
 def test_a_run_is_a_model_directory_that_predicts_what_the_run_did(place):
     model = SpikEmo.from_pretrained(place / "run" / "seed0")
     assert model.config.dswa.time_steps == 2
+    assert (model.config.is_causal, model.config.modality_dropout) == (True, 0.2)
     assert read_preset(place / "run" / "seed0").training.batch_size == 4
     rows = list(csv.DictReader((place / "run" / "seed0" / "predictions.csv").open(encoding="utf-8")))
     corpus = load_corpus(place / "raw")

@@ -180,6 +180,19 @@ def test_bad_features_are_named_by_line_or_number(model, change, message):
         model.predict([good, Utterance("Ross", "Hi.", features)])
 
 
+def test_a_model_of_modality_dropout_does_without_what_no_utterance_has():
+    model = SpikEmo(small_config(modality_dropout=0.3)).eval()
+    heard = [{name: x for name, x in drawn().items() if name != "visual"} for _ in range(3)]
+    rows = model.predict([Utterance("a", "", x) for x in heard])
+    features = {name: torch.stack([x[name] for x in heard]) for name in ("text", "audio")}
+    (wanted,) = predict(model, [Conversation("d", features, tuple("aaa"), torch.full((3,), -1), tuple("123"))])
+    assert [list(row.values()) for row in rows] == wanted.tolist()
+    with pytest.raises(ConversationError, match="utterance 1: there are no visual features"):
+        model.predict([Utterance("a", "", x) for x in [heard[0], drawn()]])
+    with pytest.raises(ConversationError, match="no utterance has text or audio or visual features"):
+        model.predict([Utterance("a", "Hi.")])
+
+
 def test_an_empty_conversation_is_an_error(model):
     with pytest.raises(ConversationError, match="holds no utterance"):
         model.predict([])
