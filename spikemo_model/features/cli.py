@@ -18,15 +18,26 @@ Out = Annotated[Path, typer.Argument(help="New folder for the result.")]
 Encoder = Annotated[str, typer.Option(help="Text encoder: a name on the Hugging Face hub or a local folder.")]
 MaxTokens = Annotated[int | None, typer.Option(min=8, help="Tokens of context and utterance; default: the most.")]
 
+_EXTRACT_EXAMPLES = """\b
+Examples:
+  python -m spikemo_model extract MELD.Raw features/meld
+  python -m spikemo_model extract IEMOCAP_full_release features/iemocap --audio-width 512
+  python -m spikemo_model extract MELD.Raw out --text-encoder models/roberta --face-encoder models/resnet
+  python -m spikemo_model train --data-dir features/meld"""
+_FINETUNE_EXAMPLES = """\b
+Examples:
+  python -m spikemo_model finetune-text features/meld tuned
+  python -m spikemo_model train --data-dir tuned/features"""
+
 
 def register(app: typer.Typer) -> None:
-    """Add the commands to ``app``.
+    """Add the commands to ``app``; their errors are one-line OSErrors and ValueErrors.
 
     Args:
         app: The command line that gets them.
     """
-    app.command("extract")(_extract)
-    app.command("finetune-text")(_finetune_text)
+    app.command("extract", epilog=_EXTRACT_EXAMPLES)(_extract)
+    app.command("finetune-text", epilog=_FINETUNE_EXAMPLES)(_finetune_text)
 
 
 def _extract(
@@ -40,19 +51,16 @@ def _extract(
     workers: Annotated[int | None, typer.Option(min=1, help="Processes; default: one a core.")] = None,
 ) -> None:
     """Make a feature store from raw clips. Stopped, the same command goes on; bad clips are listed and skipped."""
-    try:
-        flaws = extract(
-            root,
-            out,
-            modality or MODALITIES,
-            text_encoder=text_encoder,
-            max_tokens=max_tokens,
-            audio_width=audio_width,
-            face_encoder=face_encoder,
-            workers=workers,
-        )
-    except (OSError, ValueError) as error:
-        raise _stop(error) from None
+    flaws = extract(
+        root,
+        out,
+        modality or MODALITIES,
+        text_encoder=text_encoder,
+        max_tokens=max_tokens,
+        audio_width=audio_width,
+        face_encoder=face_encoder,
+        workers=workers,
+    )
     for flaw in flaws[:10]:
         typer.echo(f"{flaw.split} {flaw.dialogue} {flaw.utterance}: {flaw.modality}: {flaw.reason}")
     if flaws:
@@ -71,19 +79,16 @@ def _finetune_text(
     seed: Annotated[int, typer.Option(help="Of start, order and dropout.")] = 0,
 ) -> None:
     """Fine-tune a text encoder for emotion on the training split, and store its features of all splits."""
-    try:
-        finetune_text(
-            _conversations(root),
-            out,
-            encoder,
-            max_tokens=max_tokens,
-            epochs=epochs,
-            batch_size=batch_size,
-            learning_rate=learning_rate,
-            seed=seed,
-        )
-    except (OSError, ValueError) as error:
-        raise _stop(error) from None
+    finetune_text(
+        _conversations(root),
+        out,
+        encoder,
+        max_tokens=max_tokens,
+        epochs=epochs,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        seed=seed,
+    )
     typer.echo(f"encoder: {out / 'encoder'}")
     typer.echo(f"features: {out / 'features'}")
 
@@ -91,9 +96,3 @@ def _finetune_text(
 def _conversations(root: Path) -> Corpus:
     """A feature store's conversations, or those of a data set as published."""
     return load_corpus(root) if (root / "index.json").is_file() else read_release(root).corpus
-
-
-def _stop(error: Exception) -> typer.Exit:
-    """One line on what is wrong, and exit status 1."""
-    typer.echo(f"error: {error}", err=True)
-    return typer.Exit(1)

@@ -19,7 +19,8 @@ from spikemo_model.checkpoints import replace_atomically
 from spikemo_model.data.corpus import Corpus, DataError, standardise
 from spikemo_model.data.store import save_corpus
 from spikemo_model.features.audio import functionals, reduce_width
-from spikemo_model.features.clips import Clip, read_release
+from spikemo_model.features.clips import read_release
+from spikemo_model.features.media import attempt
 from spikemo_model.features.text import DEFAULT_ENCODER, ContextEncoder
 from spikemo_model.features.visual import DEFAULT_FACE_ENCODER, FaceEncoder, faces
 from spikemo_model.features.work import Parts, claim, describe
@@ -112,12 +113,14 @@ def extract(
     if context:
         rows["text"] = _read_texts(corpus, context, Parts(work / "text"))
     if "audio" in modalities:
-        measured, failed = _each_clip("audio", clips, _measure_audio, lambda x: x, Parts(work / "audio"), workers)
+        sounds = {key: (clip.sound,) for key, clip in clips.items()}
+        measured, failed = _each_clip("audio", sounds, functionals, lambda x: x, Parts(work / "audio"), workers)
         mean = torch.stack([x for key, x in measured.items() if key[0] == "train"]).mean(0)
         rows["audio"] = {key: measured.get(key, mean) for key in clips}
         flaws += failed
     if embed:
-        measured, failed = _each_clip("visual", clips, _measure_faces, embed, Parts(work / "visual"), workers)
+        films = {key: (clip.pictures, _FRAMES) for key, clip in clips.items()}
+        measured, failed = _each_clip("visual", films, faces, embed, Parts(work / "visual"), workers)
         zeros = torch.zeros_like(next(iter(measured.values())))
         rows["visual"] = {key: measured.get(key, zeros) for key in clips}
         flaws += failed
@@ -147,21 +150,24 @@ def _read_texts(corpus: Corpus, context: ContextEncoder, parts: Parts) -> dict[K
 
 def _each_clip(
     modality: str,
-    clips: dict[Key, Clip],
-    measure: Callable[[Key, Clip], tuple[Key, Tensor | str]],
+    clips: dict[Key, tuple[Any, ...]],
+    measure: Callable[..., Tensor],
     finish: Callable[[Tensor], Tensor],
     parts: Parts,
     workers: int | None,
 ) -> tuple[dict[Key, Tensor], list[Flaw]]:
     """Features of every clip that can be read, and why the others cannot.
 
-    ``measure`` runs in ``workers`` processes, ``finish`` in this one, where the GPU is.
+    ``measure`` of what ``clips`` has runs in ``workers`` processes, ``finish`` in this one, where the GPU is.
     """
-    left = [(key, clip) for key, clip in clips.items() if "-".join(key) not in parts]
+    left = [key for key in clips if "-".join(key) not in parts]
     pool = Parallel(n_jobs=workers or -1, return_as="generator_unordered")
     flaws = []
     bar = tqdm(
-        pool(delayed(measure)(*job) for job in left), desc=modality, total=len(clips), initial=len(clips) - len(left)
+        pool(delayed(attempt)(key, measure, *clips[key]) for key in left),
+        desc=modality,
+        total=len(clips),
+        initial=len(clips) - len(left),
     )
     for (split, dialogue, utterance), x in bar:
         if isinstance(x, str):
@@ -175,22 +181,6 @@ def _each_clip(
             f"extract: no clip of the training split can be used for {modality}; the first: {flaws[0].reason}"
         )
     return measured, sorted(flaws)
-
-
-def _measure_audio(key: Key, clip: Clip) -> tuple[Key, Tensor | str]:
-    return key, _or_reason(functionals, clip.sound)
-
-
-def _measure_faces(key: Key, clip: Clip) -> tuple[Key, Tensor | str]:
-    return key, _or_reason(faces, clip.pictures, _FRAMES)
-
-
-def _or_reason(function: Callable[..., Tensor], *args: Any) -> Tensor | str:
-    """What ``function`` gives, or what is wrong with the clip."""
-    try:
-        return function(*args)
-    except DataError as error:
-        return str(error)
 
 
 def _with_features(

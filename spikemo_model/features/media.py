@@ -1,6 +1,6 @@
 """Sound and pictures of a clip, decoded by FFmpeg's libraries, which travel inside PyAV."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -66,6 +66,14 @@ def read_frames(path: Path, count: int, start: float = 0.0, end: float | None = 
     if not frames:
         raise DataError(f"{path} has no pictures between {start:.2f} s and {end:.2f} s.")
     return frames
+
+
+def attempt(name: tuple[str, ...], measure: Callable[..., Any], *args: Any) -> tuple[tuple[str, ...], Any]:
+    """``name``, with what ``measure`` gives of a clip, or with what is wrong with the clip."""
+    try:
+        return name, measure(*args)
+    except DataError as error:
+        return name, str(error)
 
 
 def _shown_at(targets: list[float], decoded: Iterator[Any]) -> Iterator[np.ndarray]:

@@ -69,4 +69,4 @@ def clip(tmp_path_factory, recordings, photographs) -> Path:
 
     picture = scene((photographs[0], 90, 50, 140))
     path = tmp_path_factory.mktemp("clips") / "whole.mp4"
-    return write_clip(path, [picture] * 15, sound=read_audio(recordings[0])[:24_000])
+    return write_clip(path, [picture] * 3, fps=2, sound=read_audio(recordings[0])[:24_000])

@@ -9,7 +9,7 @@ import torch
 from feature_helpers import write_clip
 
 from spikemo_model.data import DataError, standardise, synthetic_corpus
-from spikemo_model.features import functionals, reduce_width
+from spikemo_model.features.audio import functionals, reduce_width
 from spikemo_model.features.media import read_audio
 
 

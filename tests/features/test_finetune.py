@@ -8,8 +8,8 @@ import transformers
 from sklearn.linear_model import LogisticRegression
 
 from spikemo_model.data import Conversation, Corpus, DataError, load_corpus
-from spikemo_model.features import ContextEncoder, finetune_text
-from spikemo_model.features.finetune import EmotionTask
+from spikemo_model.features.finetune import EmotionTask, finetune_text
+from spikemo_model.features.text import ContextEncoder
 
 CLASSES = ("neutral", "joy", "anger")
 WORDS = ("so so", "great", "damn")

@@ -8,7 +8,7 @@ import torch
 from feature_helpers import LINES
 
 from spikemo_model.data import Conversation, DataError
-from spikemo_model.features import ContextEncoder
+from spikemo_model.features.text import ContextEncoder
 
 
 def conversation(texts, speakers=None) -> Conversation:

@@ -12,8 +12,7 @@ from feature_helpers import scene, write_clip
 from safetensors.torch import load_file, save_file
 
 from spikemo_model.data import DataError
-from spikemo_model.features import FaceEncoder, Pictures, faces
-from spikemo_model.features.visual import largest_face
+from spikemo_model.features.visual import FaceEncoder, Pictures, faces, largest_face
 
 
 def test_real_faces_are_found_where_they_are(photographs):
