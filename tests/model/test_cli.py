@@ -177,7 +177,7 @@ def test_import_makes_a_store(tmp_path, run):
         (["evaluate", "run/seed0", "--data-dir", "nowhere"], "--data-dir is nowhere"),
         (["predict", "run/seed0", "nowhere.csv"], "No such file or directory: 'nowhere.csv'"),
         (["predict", "run/seed0", "bad.jsonl"], "bad.jsonl, line 2: this is no JSON"),
-        (["predict", "run/seed0", "good.jsonl"], "good.jsonl, line 1: there are no text features, and the model"),
+        (["predict", "run/seed0", "good.jsonl"], "predict: no utterance has text or audio features"),
         (["predict", "run/seed0"], "Missing argument"),
         (["import", "nowhere", "new"], "legacy features: nowhere must hold"),
     ],
