@@ -31,6 +31,17 @@ def test_every_suite_runs_at_size_1():
     assert all("SpikingJelly 2.0.0" in line for line in lines if line not in linear)
 
 
+def test_the_profile_of_a_training_step_runs_at_size_1():
+    command = [sys.executable, "-m", "benchmarks.profile", "--quick"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith("2 dialogues, 5 utterances")
+    parts = {line.split("|")[1].strip(): float(line.split("|")[3]) for line in lines[4:]}
+    assert parts["- linear layers"] > 0
+    assert parts["whole step"] > parts["- norm and neurons"] + parts["- spiking attention"] > 0
+
+
 def test_ratios_are_the_peers_time_over_ours():
     def times(median):
         return {"median_s": median, "p20_s": median, "p80_s": median}

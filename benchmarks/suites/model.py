@@ -2,6 +2,7 @@
 
 import copy
 import os
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -15,9 +16,6 @@ from spikemo_model.config import DSWAConfig, ModalityConfig, Preset, SpikEmoConf
 from spikemo_model.context import DialogueCell, DialogueRNN, ModalityEncoder
 from spikemo_model.data.meld import read_meld
 from spikemo_model.losses import spikemo_loss
-
-# Utterances of IEMOCAP's dialogues lie between 8 and 110 with a mean of 49; these do, too.
-_IEMOCAP_LENGTHS = (110, 72, 58, 49, 44, 33, 18, 8)
 
 
 class PeerCell(nn.Module):
@@ -102,41 +100,58 @@ def peer_of(ours: SpikEmo, tokens: int) -> SpikEmo:
     return peer
 
 
-def cases(device: str, quick: bool) -> CaseMakers:
-    """MELD's and IEMOCAP's published configurations; bfloat16 is autocast against the peer in float32."""
-    if quick:
-        widths = {"text": ModalityConfig(8, "none"), "audio": ModalityConfig(6, "bidirectional")}
-        tiny = SpikEmoConfig(widths, dim=16, dswa=DSWAConfig(time_steps=2))
-        return [partial(_case, "tiny", Preset(tiny, TrainingConfig()), (3, 2), device, low) for low in (False, True)]
-    sizes = {"MELD": (meld(), _meld_lengths()), "IEMOCAP": (iemocap(), _IEMOCAP_LENGTHS)}
-    return [partial(_case, name, *size, device, low) for low in (False, True) for name, size in sizes.items()]
+Sized = tuple[Preset, tuple[int, ...]]
 
 
-def _meld_lengths(dialogues: int = 16) -> tuple[int, ...]:
-    """Lengths of a batch of MELD's training dialogues: neighbours in the order by length, as `DialogueLoader` has."""
+def tiny() -> Sized:
+    """Size 1."""
+    widths = {"text": ModalityConfig(8, "none"), "audio": ModalityConfig(6, "bidirectional")}
+    return Preset(SpikEmoConfig(widths, dim=16, dswa=DSWAConfig(time_steps=2)), TrainingConfig()), (3, 2)
+
+
+def MELD() -> Sized:
+    """The published configuration, and 16 training dialogues, neighbours by length as `DialogueLoader` batches them."""
     root = os.environ.get("SPIKEMO_DATA")
     if root is None:
         raise SystemExit("error: set SPIKEMO_DATA to the folder that holds meld/: the lengths of dialogues are MELD's.")
     lengths = sorted(len(dialogue) for dialogue in read_meld(Path(root) / "meld").splits["train"])
-    middle = len(lengths) * 3 // 4  # where half of all utterances lie on either side
-    return tuple(lengths[middle - dialogues // 2 : middle + dialogues // 2])
+    middle = len(lengths) * 3 // 4
+    return meld(), tuple(lengths[middle - 8 : middle + 8])
 
 
-def _case(name: str, preset: Preset, lengths: tuple[int, ...], device: str, low: bool) -> Case:
-    torch.manual_seed(0)
-    config, B, L = preset.model, len(lengths), max(lengths)
+def IEMOCAP() -> Sized:
+    """The published configuration, and dialogues of made-up lengths: those of IEMOCAP lie in 8 ... 110, mean 49."""
+    return iemocap(), (110, 72, 58, 49, 44, 33, 18, 8)
+
+
+def make_batch(config: SpikEmoConfig, lengths: tuple[int, ...]) -> DialogueBatch:
+    """Random features of dialogues of these lengths."""
+    B, L = len(lengths), max(lengths)
     mask = torch.arange(L) < torch.tensor(lengths).unsqueeze(1)
-    batch = DialogueBatch(
-        {modality: torch.randn(B, L, own.features) for modality, own in config.modalities.items()},
+    return DialogueBatch(
+        {name: torch.randn(B, L, own.features) for name, own in config.modalities.items()},
         torch.randint(0, 3, (B, L)),
         mask,
         torch.randint(0, len(config.classes), (B, L)).masked_fill(~mask, -1),
-    ).to(device)
+    )
+
+
+def cases(device: str, quick: bool) -> CaseMakers:
+    """MELD's and IEMOCAP's published configurations; bfloat16 is autocast against the peer in float32."""
+    sizes = [tiny] if quick else [MELD, IEMOCAP]
+    return [partial(_case, size, device, low) for low in (False, True) for size in sizes]
+
+
+def _case(size: Callable[[], Sized], device: str, low: bool) -> Case:
+    torch.manual_seed(0)
+    preset, lengths = size()
+    config, B, L = preset.model, len(lengths), max(lengths)
+    batch = make_batch(config, lengths).to(device)
     ours = SpikEmo(config).to(device)
     T = config.dswa.time_steps if config.dswa else 1
     dtype = "bfloat16" if low else "float32"
     return Case(
-        name=f"{name}: {B} dialogues, {sum(lengths)} utterances, L={L}, T={T}, {dtype}",
+        name=f"{size.__name__}: {B} dialogues, {sum(lengths)} utterances, L={L}, T={T}, {dtype}",
         sizes={"B": B, "L": L, "T": T, "dtype": dtype},
         ours=_contender("spikeattn", ours, batch, preset, device if low else None),
         peers=[_contender("SpikingJelly 2.0.0's parts, float32", peer_of(ours, L), batch, preset, None)],
