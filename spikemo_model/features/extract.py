@@ -4,7 +4,7 @@ import csv
 import io
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from joblib import Parallel, delayed
+from joblib.externals.loky.process_executor import TerminatedWorkerError
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -23,7 +24,7 @@ from spikemo_model.features.clips import read_release
 from spikemo_model.features.media import attempt
 from spikemo_model.features.text import DEFAULT_ENCODER, ContextEncoder
 from spikemo_model.features.visual import DEFAULT_FACE_ENCODER, FaceEncoder, faces
-from spikemo_model.features.work import Parts, claim, describe
+from spikemo_model.features.work import Parts, claim, describe, lasting
 
 MODALITIES = ("text", "audio", "visual")
 CLIPS = "clips.csv"
@@ -85,7 +86,7 @@ def extract(
     Raises:
         DataError: ``root`` does not hold the data, or no clip of the training split can be used.
         FileExistsError: ``out`` is there already.
-        OSError: An encoder cannot be loaded.
+        OSError: An encoder cannot be loaded, or a worker process died.
         ValueError: A modality is unknown, or ``<out>.partial`` holds work of other settings.
     """
     if out.exists():
@@ -99,12 +100,16 @@ def extract(
     embed = FaceEncoder(face_encoder) if "visual" in modalities else None
     settings: dict[str, dict[str, Any]] = {}
     if context:
-        used = {"encoder": text_encoder, "max_tokens": context.max_tokens, "vector": "mean of the utterance's tokens"}
+        used = {
+            "encoder": lasting(text_encoder),
+            "max_tokens": context.max_tokens,
+            "vector": "mean of the utterance's tokens",
+        }
         settings["text"] = {"name": "ContextEncoder", "transformers": version("transformers"), **used}
     if "audio" in modalities:
         settings["audio"] = {"name": "functionals", "opensmile": version("opensmile"), "features": "ComParE_2016"}
     if embed:
-        used = {"opencv": version("opencv-python-headless"), "encoder": face_encoder, "pictures": _FRAMES}
+        used = {"opencv": version("opencv-python-headless"), "encoder": lasting(face_encoder), "pictures": _FRAMES}
         settings["visual"] = {"name": "FaceEncoder", "transformers": version("transformers"), **used}
     claim(work, settings)
 
@@ -169,7 +174,7 @@ def _each_clip(
         total=len(clips),
         initial=len(clips) - len(left),
     )
-    for (split, dialogue, utterance), x in bar:
+    for (split, dialogue, utterance), x in _until_a_crash(bar):
         if isinstance(x, str):
             flaws.append(Flaw(split, dialogue, utterance, modality, x))
         else:
@@ -181,6 +186,17 @@ def _each_clip(
             f"extract: no clip of the training split can be used for {modality}; the first: {flaws[0].reason}"
         )
     return measured, sorted(flaws)
+
+
+def _until_a_crash(results: Iterable[Any]) -> Iterator[Any]:
+    """``results``, with the death of a worker in our words."""
+    try:
+        yield from results
+    except TerminatedWorkerError as error:
+        raise OSError(
+            "extract: a worker process died: a clip crashed its decoder, or memory ran out. What is finished is kept; "
+            "go on with fewer workers."
+        ) from error
 
 
 def _with_features(

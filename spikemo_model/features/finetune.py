@@ -17,7 +17,7 @@ from spikemo_model.checkpoints import AtomicCheckpointIO, BestAndLast, RandomSta
 from spikemo_model.data.corpus import Conversation, Corpus, DataError
 from spikemo_model.data.store import save_corpus
 from spikemo_model.features.text import DEFAULT_ENCODER, ContextEncoder, Window
-from spikemo_model.features.work import claim, describe
+from spikemo_model.features.work import claim, describe, lasting
 
 Example = tuple[Window, int]
 
@@ -155,7 +155,7 @@ def finetune_text(
         split: tuple(replace(d, features={**d.features, "text": context.features(d, batch_size)}) for d in dialogues)
         for split, dialogues in corpus.splits.items()
     }
-    tuned = {"name": "ContextEncoder", **settings, "encoder": str(out / "encoder"), "start": encoder}
+    tuned = {"name": "ContextEncoder", **settings, "encoder": lasting(str(out / "encoder")), "start": encoder}
     result = replace(
         corpus,
         splits=splits,

@@ -32,6 +32,11 @@ def claim(folder: Path, settings: dict[str, Any]) -> None:
         replace_atomically(path, lambda file: file.write(text.encode()))
 
 
+def lasting(encoder: str) -> str:
+    """A name on the hub as it is, a local folder by its whole path: settings may be read from any place."""
+    return str(Path(encoder).resolve()) if Path(encoder).is_dir() else encoder
+
+
 def describe(extractor: dict[str, Any]) -> str:
     """An extractor with its settings, in one line."""
     settings = ", ".join(f"{name} {value}" for name, value in extractor.items() if name != "name")

@@ -167,6 +167,13 @@ def test_several_processes_give_the_same_store(release, extracted, tmp_path):
             assert torch.equal(dialogue.features["audio"], other.features["audio"])
 
 
+def test_a_worker_that_dies_is_one_line(release, tmp_path, monkeypatch):
+    monkeypatch.setattr("spikemo_model.features.extract.functionals", lambda path: os._exit(1))
+    with pytest.raises(OSError, match="a worker process died: a clip crashed its decoder, or memory ran out"):
+        extract(release, tmp_path / "out", ["audio"], workers=2)
+    assert not (tmp_path / "out").exists()
+
+
 def test_what_cannot_be_extracted_is_named(release, clip, tmp_path):
     with pytest.raises(ValueError, match=r"modalities must be some of .*'visual'\), got \('smell',\)"):
         extract(release, tmp_path / "out", ["smell"])
