@@ -78,15 +78,12 @@ class SpikEmo(Pretrained):
     def forward(self, batch: DialogueBatch) -> SpikEmoOutput:
         """Logits and fused features of ``batch``.
 
-        Modalities may be missing if ``config.modality_dropout`` is above 0; training leaves some out by chance.
+        Modalities may be missing if ``config.modality_dropout`` is above 0.
 
         Raises:
             ValueError: A modality is missing from the batch, or its features have another width.
         """
-        features = self._checked(batch)
-        if self.training and self.config.modality_dropout:
-            features = self._some(features)
-        encoded = self.encoders(features, batch.speakers, batch.mask)
+        encoded = self.encoders(self._checked(batch), batch.speakers, batch.mask)
         adapted = self._adapt(encoded, batch.mask)
         fused = self.fusion(adapted, None if self.config.published_behaviour else batch.mask)
         return SpikEmoOutput(self.classifier(fused), fused)
@@ -166,13 +163,6 @@ class SpikEmo(Pretrained):
             if x.shape[-1] != wanted:
                 raise ValueError(f"SpikEmo: {name} features must be {wanted} wide, got {x.shape[-1]}.")
         return features
-
-    def _some(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Each of ``features`` with probability 1 - ``modality_dropout``, at least one."""
-        chances = dict(zip(features, torch.rand(len(features)).tolist(), strict=True))
-        kept = {name: x for name, x in features.items() if chances[name] >= self.config.modality_dropout}
-        likeliest = max(features, key=chances.__getitem__)
-        return kept or {likeliest: features[likeliest]}
 
     def _adapt(self, encoded: dict[str, Tensor], mask: Tensor) -> dict[str, Tensor]:
         """DSWA on every modality: each on its own, or all as one batch where they share its weights."""

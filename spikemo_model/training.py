@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +71,7 @@ class SpikEmoTask(pl.LightningModule):
         Raises:
             TrainingDivergedError: The loss is not finite.
         """
-        logits, fused = self.model(batch)
+        logits, fused = self.model(self._some_modalities(batch))
         labels, labelled = self._labelled(batch)
         rows = [logits[labelled], labels, *(x[labelled] for x in fused.values())]
         if self.trainer.world_size > 1:
@@ -117,6 +117,17 @@ class SpikEmoTask(pl.LightningModule):
             raise ValueError("SpikEmoTask: the batch has no labels.")
         labelled = batch.mask & (batch.labels >= 0)
         return batch.labels[labelled], labelled
+
+    def _some_modalities(self, batch: DialogueBatch) -> DialogueBatch:
+        """A batch without some of its modalities, at least one left: the same in all processes, and after a resume."""
+        share = self.model.config.modality_dropout
+        if not share:
+            return batch
+        generator = torch.Generator().manual_seed(self.training_config.seed * 1_000_003 + self.global_step)
+        chances = torch.rand(len(batch.features), generator=generator)
+        kept = (chances >= share) | (chances == chances.max())
+        features = {name: x for (name, x), keep in zip(batch.features.items(), kept.tolist(), strict=True) if keep}
+        return replace(batch, features=features)
 
     def _of_all_processes(self, rows: list[Tensor]) -> list[Tensor]:
         """Tensors [N, ...] of all processes, one after another, N each process's own.
@@ -246,7 +257,7 @@ def train(
         ValueError: The corpus does not fit the configuration, or ``run_dir`` holds a run of another one.
         TrainingDivergedError: The loss is no longer finite.
     """
-    _check_fit(corpus, preset.model)
+    _check_fit(corpus, preset)
     open_run(run_dir, preset)
     pl.seed_everything(preset.training.seed, verbose=False)
     task = SpikEmoTask(preset, class_shares(corpus))
@@ -397,8 +408,11 @@ def _origin(corpus: Corpus, test: Scores) -> Origin:
     )
 
 
-def _check_fit(corpus: Corpus, config: SpikEmoConfig) -> None:
-    """The corpus has the modalities, widths and classes of the configuration, and labels to learn from."""
+def _check_fit(corpus: Corpus, preset: Preset) -> None:
+    """The corpus has the modalities, widths and classes of the configuration, and its loss fits its modalities."""
+    config = preset.model
+    if config.modality_dropout and preset.training.loss.corr_pair_weights:
+        raise ValueError("train: modality_dropout leaves pairs of modalities out; leave corr_pair_weights empty.")
     wanted = {name: modality.features for name, modality in config.modalities.items()}
     if corpus.widths != wanted:
         raise ValueError(f"train: {corpus.name} has features {corpus.widths}, the configuration wants {wanted}.")

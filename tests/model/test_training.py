@@ -303,3 +303,28 @@ def test_two_processes_train_together_and_resume(tmp_path):
     checkpoint = torch.load(run_dir / "checkpoints" / "last.ckpt", weights_only=True)
     states = next(v for k, v in checkpoint["callbacks"].items() if k.startswith("RandomStates"))["states"]
     assert len(states) == 2
+
+
+def test_steps_go_without_modalities_by_chance_and_never_without_all(tmp_path, monkeypatch):
+    corpus, preset = tiny(epochs=4)
+    preset = preset._replace(model=replace(preset.model, modality_dropout=0.5))
+    subsets, plain = [], SpikEmo.forward
+
+    def seen(model, batch):
+        if model.training:
+            subsets.append(frozenset(batch.features))
+        else:
+            assert set(batch.features) == set(corpus.widths)
+        return plain(model, batch)
+
+    monkeypatch.setattr(SpikEmo, "forward", seen)
+    train(corpus, preset, tmp_path / "a", progress=False)
+    first = subsets.copy()
+    assert 4 <= len(set(first)) <= 7
+    assert frozenset() not in first
+    subsets.clear()
+    train(corpus, preset, tmp_path / "b", progress=False)
+    assert subsets == first
+    weighted = replace(preset.training, loss=replace(preset.training.loss, corr_pair_weights=(1.0, 1.0, 1.0)))
+    with pytest.raises(ValueError, match="leave corr_pair_weights empty"):
+        train(corpus, preset._replace(training=weighted), tmp_path / "c", progress=False)
