@@ -1,4 +1,8 @@
-"""Interleaved timing: A B A B ..., on the same inputs, in one process."""
+"""Interleaved timing: ours and one peer, A B A B ..., on the same inputs, in one process.
+
+One pair after another: with all peers in one round, each would be timed on the caches, the heap and the memory that the
+others leave behind, which changes times by up to a half.
+"""
 
 import ctypes
 import statistics
@@ -120,22 +124,35 @@ def measure(case: Case, device: str, seconds: float) -> dict[str, object]:
     row["peak_bytes"] = {}
     for what in ("forward", "training"):
         runs = {c.name: run for c in contenders if (run := getattr(c, what)) is not None}
-        if not runs:
-            continue
-        times = interleaved(runs, device, seconds)
-        row[what] = {
-            name: {
-                "first_s": t.first,
-                "median_s": t.median,
-                "p20_s": t.percentile(0.2),
-                "p80_s": t.percentile(0.8),
-                "samples_s": t.samples,
-            }
-            for name, t in times.items()
-        }
-        row["peak_bytes"][what] = {name: peak_bytes(run, device) for name, run in runs.items()}
+        if runs:
+            row[what] = _pairs(case.ours.name, runs, device, seconds)
+            row["peak_bytes"][what] = {name: peak_bytes(run, device) for name, run in runs.items()}
     row["kept_bytes"] = {c.name: kept_bytes(c.output) for c in contenders if c.output is not None}
     return row
+
+
+def _pairs(ours: str, runs: dict[str, Callable[[], object]], device: str, seconds: float) -> dict[str, Any]:
+    """Times of every contender; each peer's beside ours, whose median in that pair is its ``ours_s``."""
+    measured: dict[str, Any] = {}
+    own: list[Times] = []
+    peers = [name for name in runs if name != ours]
+    for pair in [(ours, peer) for peer in peers] or [(ours,)]:
+        times = interleaved({name: runs[name] for name in pair}, device, seconds)
+        own.append(times[ours])
+        measured |= {name: {**_plain(t), "ours_s": own[-1].median} for name, t in times.items() if name != ours}
+    all_own = Times(own[0].first, [sample for times in own for sample in times.samples])
+    return {ours: _plain(all_own), **measured}
+
+
+def _plain(times: Times) -> dict[str, Any]:
+    """Times as plain values."""
+    return {
+        "first_s": times.first,
+        "median_s": times.median,
+        "p20_s": times.percentile(0.2),
+        "p80_s": times.percentile(0.8),
+        "samples_s": times.samples,
+    }
 
 
 def contender(name: str, model: Callable[[Tensor], Tensor], x: Tensor) -> Contender:

@@ -15,10 +15,11 @@ Row = dict[str, Any]
 _INTRODUCTION = """# Benchmarks
 
 Written by `python -m benchmarks.show` from `benchmarks/results/`; numbers are measured by `python -m benchmarks.run`.
-Ours and the peers are timed alternately in one process on the same inputs; a time is the median, with the 20th and 80th
-percentile in brackets; compilation and warm-up are left out, the first call that holds them stands below the tables. A
-ratio above 1 says that ours is faster. *kept* is what autograd holds for the backward, *peak* the most memory in use
-beyond what was in use before; after a peer's ratio the same two, in MB. Results on a GPU: not measured."""
+Ours and one peer are timed alternately in one process on the same inputs, one peer after another, and a ratio is that of
+the medians of such a pair; above 1 ours is faster. A time is the median, with the 20th and 80th percentile in brackets;
+compilation and warm-up are left out, the first call that holds them stands below the tables. *kept* is what autograd
+holds for the backward, *peak* the most memory in use beyond what was in use before; after a peer's ratio the same two,
+in MB. Results on a GPU: not measured."""
 KINDS = {"forward": "forward (inference)", "training": "forward + backward"}
 
 
@@ -29,7 +30,7 @@ def row_summary(row: Row) -> str:
         if kind not in row:
             continue
         ours = row[kind][row["ours"]]["median_s"]
-        peers = [f"{name} {t['median_s'] / ours:.2f}x" for name, t in row[kind].items() if name != row["ours"]]
+        peers = [f"{name} {_ratio(row, kind, name):.2f}x" for name in row[kind] if name != row["ours"]]
         parts.append(f"{kind} {1e3 * ours:.2f} ms ({', '.join(peers)})")
     return f"{row['case']}: {'; '.join(parts)}"
 
@@ -110,10 +111,8 @@ def _memory(row: Row, kind: str, name: str) -> tuple[str, str]:
 
 
 def _ratio(row: Row, kind: str, peer: str) -> float | None:
-    """Median time of the peer over ours; None where it did not run."""
-    if peer not in row[kind]:
-        return None
-    return row[kind][peer]["median_s"] / row[kind][row["ours"]]["median_s"]
+    """Median time of the peer over ours beside it; None where it did not run."""
+    return row[kind][peer]["median_s"] / row[kind][peer]["ours_s"] if peer in row[kind] else None
 
 
 def geometric_mean(values: Sequence[float]) -> float | None:

@@ -52,14 +52,14 @@ def test_ratios_are_the_peers_time_over_ours():
         "ours": "spikeattn",
         "bytes": {"forward": 4_000_000},
         "items": None,
-        "forward": {"spikeattn": times(0.002), "peer": times(0.006)},
+        "forward": {"spikeattn": times(0.0025), "peer": {**times(0.006), "ours_s": 0.002}},
         "kept_bytes": {"spikeattn": 1_000_000, "peer": 3_000_000},
         "peak_bytes": {"forward": {"spikeattn": 2_000_000, "peer": None}},
     }
     table = _table([row], "forward", bandwidth=4e9)
-    assert "| T=4 | 2.00 (2.00-2.00) | 50 % | 1.0 | 2.0 | 3.00 (3.0; -) |" in table
+    assert "| T=4 | 2.50 (2.50-2.50) | 40 % | 1.0 | 2.0 | 3.00 (3.0; -) |" in table
     row["items"] = [4, "dialogues"]
-    assert "| 2000.0 | 1.0 |" in _table([row], "forward", bandwidth=4e9)
+    assert "| 1600.0 | 1.0 |" in _table([row], "forward", bandwidth=4e9)
     assert geometric_mean([2.0, 8.0]) == pytest.approx(4.0)
 
 
