@@ -15,7 +15,7 @@ Row = dict[str, Any]
 _INTRODUCTION = """# Benchmarks
 
 Written by `python -m benchmarks.show` from `benchmarks/results/`; numbers are measured by `python -m benchmarks.run`.
-Ours and one peer are timed alternately in one process on the same inputs, one peer after another, and a ratio is that of
+Ours and one peer are timed alternately in one process on the same inputs, one peer after another; a ratio is that of
 the medians of such a pair; above 1 ours is faster. A time is the median, with the 20th and 80th percentile in brackets;
 compilation and warm-up are left out, the first call that holds them stands below the tables. *kept* is what autograd
 holds for the backward, *peak* the most memory in use beyond what was in use before; after a peer's ratio the same two,
