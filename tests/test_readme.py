@@ -3,18 +3,17 @@
 import re
 from pathlib import Path
 
+from code_blocks import check_block, code_blocks
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```python\n(.*?)^```", README, flags=re.DOTALL | re.MULTILINE)
 
 
 def test_code_blocks_run_and_print_what_they_say(capsys):
-    assert BLOCKS
-    for block in BLOCKS:
-        promised = re.findall(r"^print\(.*\)  # (.*)$", block, flags=re.MULTILINE)
-        capsys.readouterr()
-        exec(compile(block, "README.md", "exec"), {})
-        assert capsys.readouterr().out.splitlines() == promised
+    blocks = code_blocks(ROOT / "README.md")
+    assert blocks
+    for block in blocks:
+        check_block(block, "README.md", capsys)
 
 
 def test_files_that_are_named_exist():
