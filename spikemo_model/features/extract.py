@@ -24,7 +24,7 @@ from spikemo_model.features.clips import read_release
 from spikemo_model.features.media import attempt
 from spikemo_model.features.text import DEFAULT_ENCODER, ContextEncoder
 from spikemo_model.features.visual import DEFAULT_FACE_ENCODER, FaceEncoder, faces
-from spikemo_model.features.work import Parts, claim, describe, lasting
+from spikemo_model.features.work import Parts, claim, describe, lasting, leave_with
 
 MODALITIES = ("text", "audio", "visual")
 CLIPS = "clips.csv"
@@ -166,7 +166,8 @@ def _each_clip(
     ``measure`` of what ``clips`` has runs in ``workers`` processes, ``finish`` in this one, where the GPU is.
     """
     left = [key for key in clips if "-".join(key) not in parts]
-    pool = Parallel(n_jobs=workers or -1, return_as="generator_unordered")
+    together = {"initializer": leave_with, "initargs": (os.getpid(),)}
+    pool = Parallel(n_jobs=workers or -1, return_as="generator_unordered", **together)
     flaws = []
     bar = tqdm(
         pool(delayed(attempt)(key, measure, *clips[key]) for key in left),

@@ -129,19 +129,30 @@ def test_audio_may_be_reduced_and_folders_may_lie_one_level_down(release, tmp_pa
         extract(root, tmp_path / "out", ("audio",))
 
 
+def alive(process: str) -> bool:
+    """Whether a process is there and is more than a zombie that nobody has asked for."""
+    status = Path(f"/proc/{process}/status")
+    return status.exists() and "(zombie)" not in status.read_text()
+
+
 def test_a_killed_extraction_goes_on_where_it_was(clip, text_encoder, tmp_path, monkeypatch):
     root, out = write_meld(tmp_path / "meld", clip, dialogues=8), tmp_path / "out"
     code = (
         "from pathlib import Path; from spikemo_model.features.extract import extract; "
-        f"extract(Path({str(root)!r}), Path({str(out)!r}), ['audio'], workers=1)"
+        f"extract(Path({str(root)!r}), Path({str(out)!r}), ['audio'], workers=2)"
     )
     process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE)
     finished = lambda: list((tmp_path / "out.partial" / "audio").glob("t*.safetensors"))  # noqa: E731
     deadline = time.monotonic() + 120
     while len(finished()) < 5 and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.005)
+    workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    assert len(workers) >= 2
     process.kill()
     assert process.wait() == -signal.SIGKILL, process.stderr.read().decode()
+    while any(map(alive, workers)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not any(map(alive, workers)), "workers outlive their parent"
     assert not out.exists()
     left = 40 - len(finished())
     assert 0 < left <= 35
