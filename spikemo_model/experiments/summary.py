@@ -40,8 +40,9 @@ def write_summary(experiment: Experiment, results: Results, corpus: Corpus, comm
         f"    {command}",
         "",
         f"Weighted F1 in percent, seeds {', '.join(map(str, seeds))}, {epochs} epochs of batches of {batch_size}; the "
-        "epoch is selected on validation and the test split scored once. p is of a paired t-test over the seeds "
-        f"against {first.name!r}.",
+        "epoch is selected on validation and the test split scored once. p is of a two-sided paired t-test over the "
+        f"{len(seeds)} seeds against {first.name!r}, not corrected for the number of lines; few seeds find only large "
+        "differences.",
         "",
         *markdown(_rows(experiment.cells, results, corpus.name)),
         "",
@@ -84,7 +85,7 @@ def _rows(cells: Sequence[Cell], results: Results, data: str) -> list[tuple[str,
     reference = [r.test for r in results[cells[0].name]]
     paper_reference = cells[0].paper.get(data)
     rows: list[tuple[str, ...]] = [
-        ("configuration", "valid", "test, by seed", "test", "difference", "p", "paper", "difference")
+        ("configuration", "valid", "test, by seed", "test", "difference", "p", "paper", "paper's difference")
     ]
     for cell in cells:
         test = [r.test for r in results[cell.name]]

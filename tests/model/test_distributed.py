@@ -64,9 +64,13 @@ def both(tmp_path_factory):
         )
         for name, launcher in (("one", []), ("two", together))
     ]  # fmt: skip
-    for run in runs:
-        output, _ = run.communicate(timeout=200)
-        assert run.returncode == 0, output[-3000:]
+    try:
+        for run in runs:
+            output, _ = run.communicate(timeout=240)
+            assert run.returncode == 0, output[-3000:]
+    finally:
+        for run in runs:
+            run.terminate()
     return facts(folder / "one"), facts(folder / "two")
 
 
