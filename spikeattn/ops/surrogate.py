@@ -306,9 +306,14 @@ def as_surrogate(function: Callable[[Tensor], Tensor]) -> Surrogate | Callable[[
     stays what it is: a callable that the plain definition can use.
 
     Raises:
-        TypeError: ``function`` is not callable.
+        TypeError: ``function`` is not callable, or a `Surrogate` of a class that is not one of ours.
     """
     if isinstance(function, Surrogate):
+        if not isinstance(function, CustomSurrogate) and SURROGATES.get(function.name) is not type(function):
+            raise TypeError(
+                f"surrogate must be one of {', '.join(_BY_CLASS_NAME)}, got {type(function).__name__}. CustomSurrogate "
+                "takes functions of your own."
+            )
         return function
     if not callable(function):
         raise TypeError(f"surrogate must be a Surrogate or a callable, got {type(function).__name__}.")

@@ -5,7 +5,7 @@ import torch
 from cases import SMOOTH, SURROGATES, ids
 from spikingjelly.activation_based import surrogate as theirs
 
-from spikeattn import ATan, Rect, Sigmoid, spike
+from spikeattn import ATan, Rect, Sigmoid, Surrogate, lif, spike
 from spikeattn.ops.surrogate import as_surrogate
 
 GRID = torch.linspace(-3, 3, 1001, dtype=torch.float64)  # holds 0
@@ -79,3 +79,13 @@ def test_second_derivative_exists_where_the_derivative_is_smooth():
 
 def test_rect_is_flat_inside_its_width():
     assert Rect(2.0).derivative(torch.tensor([-0.3, -0.2, 0.0, 0.2, 0.3])).tolist() == [0.0, 2.0, 2.0, 2.0, 0.0]
+
+
+@pytest.mark.parametrize("base", [Surrogate, ATan])
+def test_a_class_of_ones_own_is_pointed_to_custom_surrogate(base):
+    class Own(base):
+        def derivative(self, x):
+            return torch.ones_like(x)
+
+    with pytest.raises(TypeError, match=r"got Own\. CustomSurrogate takes functions"):
+        lif(torch.ones(2, 3), surrogate=Own(2.0))
