@@ -309,7 +309,7 @@ def as_surrogate(function: Callable[[Tensor], Tensor]) -> Surrogate | Callable[[
         TypeError: ``function`` is not callable, or a `Surrogate` of a class that is not one of ours.
     """
     if isinstance(function, Surrogate):
-        if not isinstance(function, CustomSurrogate) and SURROGATES.get(function.name) is not type(function):
+        if not isinstance(function, CustomSurrogate) and type(function) not in SURROGATES.values():
             raise TypeError(
                 f"surrogate must be one of {', '.join(_BY_CLASS_NAME)}, got {type(function).__name__}. CustomSurrogate "
                 "takes functions of your own."
