@@ -11,6 +11,8 @@ from pathlib import Path
 from spikemo_model.config import Preset
 from spikemo_model.data.locate import Located
 from spikemo_model.evaluation import logistic_regression
+from spikemo_model.insight import measure
+from spikemo_model.model import SpikEmo
 from spikemo_model.report import comparison, format_table, score_table, write_report
 from spikemo_model.training import RunResult, train
 
@@ -58,7 +60,8 @@ def run_experiment(
         if result is None:
             continue
         results.append(result)
-        report = write_report(seed_dir, result, Preset(preset.model, own), corpus, located.source, baseline)
+        insight = measure(SpikEmo.from_pretrained(seed_dir), corpus)
+        report = write_report(seed_dir, result, Preset(preset.model, own), corpus, located.source, insight, baseline)
         print(
             f"\nseed {seed}: epoch {result.best_epoch + 1} of {len(result.history)} selected on validation "
             f"({result.valid.weighted_f1:.2f} % weighted F1); {result.parameters:,} parameters; "
@@ -74,8 +77,9 @@ def run_experiment(
 
 
 def quiet_lightning() -> None:
-    """Leave out Lightning's advertisements and a deprecation inside it; its warnings stay."""
+    """Leave out Lightning's advertisements, a deprecation inside it, and that there is no Triton; warnings stay."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    logging.getLogger("torch._library.triton").setLevel(logging.ERROR)  # spikingjelly's nodes ask for it
     warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")
 
 

@@ -1,4 +1,4 @@
-"""What a run shows: plots, tables beside the paper's, and one self-contained HTML page."""
+"""What a run shows: tables beside the paper's, plots, and one self-contained HTML page."""
 
 import base64
 import io
@@ -8,13 +8,14 @@ from typing import Any
 
 import jinja2
 import torch
-from matplotlib.figure import Figure
 
 import spikeattn
+from spikemo_model import plots
 from spikemo_model.checkpoints import replace_atomically
 from spikemo_model.config import IEMOCAP_EMOTIONS, MELD_EMOTIONS, Preset, to_dict
 from spikemo_model.data.corpus import SPLITS, Corpus
 from spikemo_model.evaluation import Scores
+from spikemo_model.insight import Insight
 from spikemo_model.training import RunResult
 
 # Weighted F1 of the paper by modalities (Table V), and F1 by class with all three (Table II), in percent.
@@ -70,8 +71,42 @@ def format_table(rows: Sequence[tuple[str, ...]]) -> str:
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
+def class_table(test: Scores, baseline: Scores | None, corpus: Corpus) -> list[tuple[str, ...]]:
+    """`score_table` with the number of utterances, and with precision and recall of this run."""
+    counts = torch.tensor(test.confusion, dtype=torch.float64)
+    right, true, predicted = counts.diagonal(), counts.sum(1), counts.sum(0)
+    share = true / true.sum()
+    columns = [[f"({n:.0f})" for n in (*true.tolist(), float(true.sum()))]]
+    for total in (predicted, true):
+        values = 100 * right / total.clamp_min(1)
+        columns.append([f"{value:.2f}" for value in (*values.tolist(), float(values @ share))])
+    header, *rows = score_table(test, baseline, corpus)
+    return [
+        ("F1 on test, % (utterances)", "precision", "recall", *header[1:]),
+        *((f"{row[0]} {n}", *own, *row[1:]) for row, n, *own in zip(rows, *columns, strict=True)),
+    ]
+
+
+def confused_pairs(scores: Scores, count: int = 10) -> list[tuple[str, str, int, float]]:
+    """The most frequent errors: true emotion, predicted emotion, utterances, and their share of the true one in %."""
+    names = list(scores.class_f1)
+    pairs = [
+        (names[i], names[j], n, 100 * n / sum(row))
+        for i, row in enumerate(scores.confusion)
+        for j, n in enumerate(row)
+        if i != j and n
+    ]
+    return sorted(pairs, key=lambda pair: -pair[2])[:count]
+
+
 def write_report(
-    run_dir: Path, result: RunResult, preset: Preset, corpus: Corpus, source: str, baseline: Scores | None = None
+    run_dir: Path,
+    result: RunResult,
+    preset: Preset,
+    corpus: Corpus,
+    source: str,
+    insight: Insight,
+    baseline: Scores | None = None,
 ) -> Path:
     """Write the plots (``plots/*.png``) and ``report.html`` of a run.
 
@@ -81,31 +116,32 @@ def write_report(
         preset: Its configuration.
         corpus: Its data.
         source: One line on where the data was found.
+        insight: What was measured on its model.
         baseline: Test scores of logistic regression on the same features.
 
     Returns:
         Path of the page, which needs no other file.
     """
-    figures = {
-        "Loss and validation score": _plot_history(result),
-        "Confusion matrix (test)": _plot_confusion(result.test, corpus.classes),
-        "Firing rates": _plot_rates(result),
-    }
+    figures = plots.all_figures(result, insight, corpus.classes)
     images = {}
-    for title, figure in figures.items():
+    for name, figure in figures.items():
         image = io.BytesIO()
-        figure.savefig(image, format="png", dpi=110)
-        name = title.split(" (")[0].lower().replace(" ", "_")
+        figure.savefig(image, format="png", dpi=160)
         replace_atomically(run_dir / "plots" / f"{name}.png", lambda file, data=image.getvalue(): file.write(data))
-        images[title] = base64.b64encode(image.getvalue()).decode("ascii")
-    environment = jinja2.Environment(loader=jinja2.PackageLoader("spikemo_model", "templates"), autoescape=True)
+        images[name] = base64.b64encode(image.getvalue()).decode("ascii")
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("spikemo_model", "templates"), autoescape=True, undefined=jinja2.StrictUndefined
+    )
     page = environment.get_template("report.html").render(
         corpus=corpus,
         source=source,
         counts={split: (len(corpus.splits[split]), sum(map(len, corpus.splits[split]))) for split in SPLITS},
         comparison=comparison(corpus)[0],
-        table=score_table(result.test, baseline, corpus),
+        table=class_table(result.test, baseline, corpus),
+        pairs=confused_pairs(result.test),
         result=result,
+        insight=insight,
+        time_steps=preset.model.dswa.time_steps if preset.model.dswa else 0,
         images=images,
         settings=_flatten({"model": to_dict(preset.model), "training": to_dict(preset.training)}),
         versions={"spikeattn": spikeattn.__version__, "torch": torch.__version__},
@@ -113,51 +149,6 @@ def write_report(
     path = run_dir / "report.html"
     replace_atomically(path, lambda file: file.write(page.encode("utf-8")))
     return path
-
-
-def _plot_history(result: RunResult) -> Figure:
-    """Training loss and validation F1 by epoch, the selected epoch marked."""
-    epochs = [row["epoch"] + 1 for row in result.history]
-    figure = Figure(figsize=(7, 3.2), layout="constrained")
-    loss, f1 = figure.subplots(1, 2)
-    loss.plot(epochs, [row["train_total"] for row in result.history])
-    loss.set(xlabel="epoch", ylabel="training loss")
-    f1.plot(epochs, [row["valid_weighted_f1"] for row in result.history], color="tab:green")
-    f1.axvline(result.best_epoch + 1, color="grey", linestyle=":", label="selected")
-    f1.set(xlabel="epoch", ylabel="weighted F1 on validation, %")
-    f1.legend()
-    return figure
-
-
-def _plot_confusion(scores: Scores, classes: Sequence[str]) -> Figure:
-    """Share of each true class by predicted class, with the counts."""
-    counts = torch.tensor(scores.confusion)
-    shares = counts / counts.sum(1, keepdim=True).clamp_min(1)
-    figure = Figure(figsize=(5.6, 5), layout="constrained")
-    axes = figure.subplots()
-    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    axes.set_xticks(range(len(classes)), classes, rotation=45, ha="right")
-    axes.set_yticks(range(len(classes)), classes)
-    axes.set(xlabel="predicted", ylabel="true")
-    for i, row in enumerate(counts.tolist()):
-        for j, count in enumerate(row):
-            axes.text(j, i, count, ha="center", va="center", color="white" if shares[i, j] > 0.5 else "black")
-    return figure
-
-
-def _plot_rates(result: RunResult) -> Figure:
-    """Firing rate of each spiking layer before and after training."""
-    names = list(result.rates_after)
-    figure = Figure(figsize=(7, 1.2 + 0.3 * max(1, len(names))), layout="constrained")
-    axes = figure.subplots()
-    places = range(len(names))
-    for offset, label, rates in ((0.2, "before", result.rates_before), (-0.2, "after", result.rates_after)):
-        axes.barh([p + offset for p in places], [100 * rates[n] for n in names], height=0.4, label=label)
-    axes.set_yticks(places, [n.removeprefix("dswa.") for n in names])
-    axes.invert_yaxis()
-    axes.set_xlabel("firing rate, % of neurons a time step")
-    axes.legend()
-    return figure
 
 
 def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
