@@ -120,8 +120,8 @@ def MELD() -> Sized:
 
 
 def IEMOCAP() -> Sized:
-    """The published configuration, and dialogues of made-up lengths: those of IEMOCAP lie in 8 ... 110, mean 49."""
-    return iemocap(), (110, 72, 58, 49, 44, 33, 18, 8)
+    """The published configuration, and dialogues of made-up lengths with IEMOCAP's mean, 49 utterances."""
+    return iemocap(), (64, 52, 46, 34)
 
 
 def make_batch(config: SpikEmoConfig, lengths: tuple[int, ...]) -> DialogueBatch:
