@@ -24,7 +24,7 @@ from spikemo_model.losses import spikemo_loss
 
 # What a registered operation of ours belongs to, forward and backward.
 OPERATIONS = {
-    "linear layers": ("spikeattn::event_linear_forward", "spikeattn::event_linear_backward", "aten::linear"),
+    "linear layers": ("spikeattn::event_linear_forward", "spikeattn::event_linear_backward"),
     "norm and neurons": ("spikeattn::norm_lif_forward", "spikeattn::norm_lif_backward"),
     "spiking attention": ("spikeattn::spiking_attention_forward", "spikeattn::spiking_attention_backward"),
 }
@@ -95,7 +95,8 @@ def table(now: dict[str, float], earlier: dict[str, float]) -> str:
     """Milliseconds and shares of the step, as Markdown."""
     lines = ["| part | before, ms | now, ms | share now |", "| --- | --- | --- | --- |"]
     for name, own in now.items():
-        lines.append(f"| {name} | {1e3 * earlier[name]:.0f} | {1e3 * own:.0f} | {own / now['whole step']:.0%} |")
+        then = f"{1e3 * earlier[name]:.0f}" if earlier[name] else "-"
+        lines.append(f"| {name} | {then} | {1e3 * own:.0f} | {own / now['whole step']:.0%} |")
     return "\n".join(lines)
 
 

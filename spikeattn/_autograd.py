@@ -21,7 +21,8 @@ def differentiable(
         op: Made by ``torch.library.custom_op``.
         save: ``save(ctx, inputs, output)``, as in ``torch.library.register_autograd``.
         gradient: ``gradient(ctx, *grads)``, likewise.
-        save_eagerly: What saves outside `torch.compile`, where it may look at values; ``save`` if None.
+        save_eagerly: What saves where it may look at values: outside `torch.compile`, and with tensors that are real;
+            ``save`` if None.
     """
     op.register_autograd(gradient, setup_context=save)
 
@@ -29,7 +30,8 @@ def differentiable(
         @staticmethod
         def forward(ctx, *inputs):  # with a setup_context, PyTorch would inspect a signature at each call
             output = op(*inputs)
-            (save_eagerly or save)(ctx, inputs, output)
+            first = output[0] if isinstance(output, tuple) else output
+            (save_eagerly if save_eagerly and type(first) is torch.Tensor else save)(ctx, inputs, output)
             return output
 
         @staticmethod

@@ -1,6 +1,7 @@
 """The modality level (paper, III-A1): a projection and the context of the dialogue."""
 
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import NamedTuple, cast
 
 import torch
@@ -87,7 +88,7 @@ def advance(
     speaking = nn.functional.one_hot(speakers, parties).bool().unsqueeze(-1)  # [M, B, L, P, 1]
 
     def stacked(name: str) -> Tensor:
-        return torch.stack([cell.get_parameter(name) for cell in cells])
+        return torch.stack([attrgetter(name)(cell) for cell in cells])
 
     def of_all(x: Tensor, weight: Tensor, bias: Tensor) -> Sequence[Tensor]:
         """``x`` [M, B, L, D] times ``weight`` [M, D, E], plus ``bias`` [M, E], by utterance [M, B, E]."""
@@ -98,9 +99,9 @@ def advance(
     p_of_u, p_of_context = stacked("p_cell.weight_ih").mT.split(D, dim=1)
     bias = torch.cat([stacked("g_cell.bias_ih"), stacked("p_cell.bias_ih")], dim=1)
     from_u = of_all(u, torch.cat([g_of_u, p_of_u], dim=2), bias)
-    from_own = RepeatedProduct(torch.cat([g_of_own, stacked("p_cell.weight_hh").mT], dim=2))
-    from_g = RepeatedProduct(stacked("g_cell.weight_hh").mT)
-    from_context = RepeatedProduct(p_of_context)
+    from_own = RepeatedProduct(torch.cat([g_of_own, stacked("p_cell.weight_hh").mT], dim=2), L, B)
+    from_g = RepeatedProduct(stacked("g_cell.weight_hh").mT, L, B)
+    from_context = RepeatedProduct(p_of_context, L, B)
     g_bias, p_bias, e_bias = (stacked(f"{name}_cell.bias_hh").unsqueeze(1) for name in "gpe")
     attention = stacked("attention.weight").mT
 
@@ -120,7 +121,7 @@ def advance(
         fade, weight = torch.exp(highest - above), torch.exp(score - above)
         weighted, total, highest = weighted * fade + weight * g, total * fade + weight, above
         context = weighted / total
-    from_e = RepeatedProduct(stacked("e_cell.weight_hh").mT)
+    from_e = RepeatedProduct(stacked("e_cell.weight_hh").mT, L, B)
     for from_spoken in of_all(torch.stack(spoken, 2), stacked("e_cell.weight_ih").mT, stacked("e_cell.bias_ih")):
         e = _gru(from_spoken, from_e(e) + e_bias, e)
         states.append(e)

@@ -48,6 +48,7 @@ class LiveConversation:
         Raises:
             ConversationError: Features are missing, not finite or of another width, or the model's text features
                 need the utterances around.
+            ValueError: It brings other modalities than the utterances before.
         """
         extractor = self.model.origin.extractors.get("text", {})
         if "text" not in utterance.features and extractor.get("name") == "ContextEncoder":

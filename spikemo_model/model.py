@@ -23,8 +23,12 @@ class SpikEmoOutput(NamedTuple):
 
 
 class SpikEmoState(NamedTuple):
-    """Where causal dialogues stand: their context, each DSWA, and the rows of fusion."""
+    """Where causal dialogues stand: what they bring at every step, their context, each DSWA, and the rows of fusion.
 
+    ``brings`` are the number of dialogues and the modalities that there are.
+    """
+
+    brings: tuple[int, tuple[str, ...]]
     context: DialogueState | None
     dswa: dict[str, DSWAState]
     rows: list[Rows] | None
@@ -103,7 +107,8 @@ class SpikEmo(Pretrained):
             rounding, and the state.
 
         Raises:
-            ValueError: The model is not causal or trains, or the batch has padding, or lacks a modality.
+            ValueError: The model is not causal or trains, or the batch has padding, no utterance, another number of
+                dialogues or other modalities than the one before, or lacks a modality.
 
         Example:
             >>> from spikemo_model.config import ModalityConfig
@@ -119,13 +124,20 @@ class SpikEmo(Pretrained):
         """
         if not self.config.is_causal or self.training:
             raise ValueError("SpikEmo: step needs a configuration with is_causal=True, and eval().")
-        if not batch.mask.all():
+        if not batch.mask.numel() or not batch.mask.all():
             raise ValueError("SpikEmo: step takes utterances without padding; give dialogues that pause a call each.")
-        context, dswa, rows = state or SpikEmoState(None, {}, None)
-        encoded, context = self.encoders.go_on(self._checked(batch), batch.speakers, batch.mask, context)
+        features = self._checked(batch)
+        brings = (len(batch), tuple(features))
+        before, context, dswa, rows = state or SpikEmoState(brings, None, {}, None)
+        if brings != before:
+            raise ValueError(
+                f"SpikEmo: step goes on with the dialogues and modalities of the step before, {before[0]} of "
+                f"{list(before[1])}, got {brings[0]} of {list(brings[1])}."
+            )
+        encoded, context = self.encoders.go_on(features, batch.speakers, batch.mask, context)
         adapted, dswa = self._adapt_on(encoded, dswa)
         fused, rows = self.fusion.step(adapted, rows)
-        return SpikEmoOutput(self.classifier(fused), fused), SpikEmoState(context, dswa, rows)
+        return SpikEmoOutput(self.classifier(fused), fused), SpikEmoState(brings, context, dswa, rows)
 
     def predict(self, conversation: Sequence[Utterance]) -> list[dict[str, float]]:
         """Probability of each emotion of every utterance of a conversation; the model is in eval mode afterwards.

@@ -94,7 +94,7 @@ def packed(x: Tensor) -> Packed | None:
     """``x`` as bits; None where it holds other numbers than 0 and 1, or has gaps in memory."""
     strides = x.stride()
     order = sorted(range(x.ndim), key=strides.__getitem__, reverse=True)
-    if x.dtype not in ELEMENT or not x.numel() or not x.permute(order).is_contiguous():
+    if x.dtype not in ELEMENT or not x.numel() or x.is_neg() or not x.permute(order).is_contiguous():
         return None
     bits = empty((-(-x.numel() // WORD),), torch.int64)
     return Packed(bits, x.shape, strides, x.dtype) if _spread(_pack_kernel(x.dtype), x, bits) else None

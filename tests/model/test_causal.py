@@ -95,3 +95,19 @@ def test_what_cannot_stream_says_so():
         small_config(is_causal=True)
     with pytest.raises(ValueError, match="is_causal excludes published_behaviour"):
         small_config(contexts=CONTEXTS, is_causal=True, published_behaviour=True)
+
+
+def test_a_stream_goes_on_with_what_it_began_with():
+    model = SpikEmo(small_config(contexts=CONTEXTS, is_causal=True, modality_dropout=0.2)).double().eval()
+    batch = random_batch([4, 4])
+    text = replace(batch, features={"text": batch.features["text"]})
+    _, state = model.step(part(text, 0, 2))
+    again, _ = model.step(part(text, 2, 4), state)
+    torch.testing.assert_close(again.logits, model(text).logits[:, 2:], rtol=1e-10, atol=1e-10)
+    with pytest.raises(ValueError, match=r"before, 2 of \['text'\], got 2 of \['text', 'audio', 'visual'\]"):
+        model.step(part(batch, 2, 4), state)
+    alone = random_batch([2], modalities=("text",))
+    with pytest.raises(ValueError, match=r"2 of \['text'\], got 1 of \['text'\]"):
+        model.step(alone, state)
+    with pytest.raises(ValueError, match="without padding"):
+        model.step(part(text, 0, 0))

@@ -6,7 +6,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lif_helpers import run_python
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 
 import spikeattn
@@ -210,3 +212,62 @@ def test_a_layer_of_named_backend_says_so_to_its_products():
     named = spikeattn.SpikingSelfAttention(8, num_heads=2, backend="torch")
     assert {m.backend for m in named.modules() if isinstance(m, EventLinear)} == {"torch"}
     assert {m.backend for m in spikeattn.SpikingMLP(8).modules() if isinstance(m, EventLinear)} == {"auto"}
+
+
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
+def test_another_default_dtype_changes_nothing(default):
+    x, (weight, bias) = inputs("spikes", 40, 200), parameters(200, 65)
+    leaves = [t.clone().requires_grad_() for t in (x, weight, bias)]
+    grad = torch.randn(40, 65)
+    wanted = event_linear(*leaves, backend="numba")
+    wanted_grads = torch.autograd.grad(wanted, leaves, grad)
+    torch.set_default_dtype(default)
+    try:
+        got = event_linear(*leaves, backend="numba")
+        grads = torch.autograd.grad(got, leaves, grad)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(got, wanted)
+    assert all(map(torch.equal, grads, wanted_grads))
+
+
+@pytest.mark.parametrize("size", [(3, 0, 4), (3, 5, 0), (0, 5, 4)], ids=str)
+def test_nothing_to_sum_is_torchs(size):
+    x, (weight, bias) = torch.zeros(size[:2]), (torch.zeros(size[2], size[1]), torch.randn(size[2]))
+    leaves = [t.requires_grad_() for t in (x, weight, bias)]
+    out = event_linear(*leaves, backend="numba")
+    assert torch.equal(out, functional.linear(x, weight, bias))
+    out.sum().backward()
+    assert [t.grad.shape for t in leaves] == [t.shape for t in leaves]
+
+
+def test_an_exported_layer_takes_any_strides():
+    layer, x = EventLinear(70, 9), inputs("spikes", 40, 70)
+    exported = torch.export.export(layer, (x,)).module()
+    assert torch.equal(exported(x.t().contiguous().t()), layer(x))
+
+
+def test_fake_tensors_pass_with_gradients():
+    with FakeTensorMode():
+        layer = EventLinear(70, 9)
+        out = layer(torch.zeros(4, 70, requires_grad=True))
+        spikes = torch.zeros(4, 2, 2, 3, 16, requires_grad=True)
+        attended = spikeattn.spiking_attention(spikes, spikes, spikes)
+    assert out.shape == (4, 9)
+    assert attended.shape == spikes.shape
+
+
+def test_it_runs_in_a_forked_process():
+    code = """
+import os, sys, torch
+from spikeattn import EventLinear
+torch.set_num_threads(2)
+layer, x = EventLinear(300, 200), (torch.rand(64, 300) < 0.2).float()
+with torch.no_grad():
+    wanted = layer(x)
+    pid = os.fork()
+    if pid == 0:
+        os._exit(0 if torch.equal(layer(x), wanted) else 3)
+    sys.exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+"""
+    assert run_python(code) == ""

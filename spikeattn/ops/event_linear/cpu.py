@@ -203,11 +203,16 @@ def weight_gradient_kernel() -> Kernel:
     return Kernel(event_linear_backward, _BACKWARD)
 
 
+def _zeros(shape: tuple[int, ...]) -> Tensor:
+    """float32, whatever the default is, and without PyTorch's threads, which hang after a fork."""
+    return torch.from_numpy(np.zeros(shape, np.float32))
+
+
 def in_tiles(weight: Tensor) -> Tensor:
     """``weight`` [outputs, inputs] as tiles [tiles, inputs, TILE], the last one filled up with zeros."""
     outputs, inputs = weight.shape
     shape = (-(-outputs // TILE), inputs, TILE)
-    tiles = torch.zeros(shape) if outputs % TILE else empty(shape, torch.float32)
+    tiles = _zeros(shape) if outputs % TILE else empty(shape, torch.float32)
     spread(
         tiles_kernel(), shape[0], weight.numel(),
         weight=weight.data_ptr(), row_stride=weight.stride(0), column_stride=weight.stride(1), out=tiles.data_ptr(),
@@ -218,12 +223,13 @@ def in_tiles(weight: Tensor) -> Tensor:
 
 def linear_cpu(x: Tensor, weight: Tensor, bias: Tensor | None, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
     """``x`` [rows, inputs] times ``weight`` [outputs, inputs], plus ``bias``; then as in `event_linear_forward`."""
+    x = x.contiguous()
     rows, inputs = x.shape
     outputs = weight.shape[0]
     y = empty((rows, outputs), torch.float32)
     fired = empty((rows if keep else 0, -(-inputs // WORD)), torch.int64)
     tiles = in_tiles(weight)
-    start = torch.zeros(tiles.shape[0] * TILE)
+    start = _zeros((tiles.shape[0] * TILE,))
     if bias is not None:
         start[:outputs] = bias
     each = -(-rows // (4 * torch.get_num_threads()))
@@ -255,7 +261,7 @@ def weight_gradient_cpu(grad: Tensor, fired: Tensor, inputs: int) -> Tensor:
     slices = -(-inputs // own)
     # As many tiles in one block as leave every thread some: they share lists of events.
     group = min(max(1, tiles * slices // (2 * torch.get_num_threads())), tiles, _MOST_TILES)
-    grad_weight = torch.zeros(inputs, tiles * TILE)
+    grad_weight = _zeros((inputs, tiles * TILE))
     spread(
         weight_gradient_kernel(), slices * -(-tiles // group), rows * inputs * outputs // _WORK_OF_A_STEP,
         grad=grad.data_ptr(), grad_weight=grad_weight.data_ptr(), fired=fired.data_ptr(),

@@ -47,7 +47,8 @@ def event_linear(
     Numerics:
         The kernels add in the order of the inputs, from the bias on, each product with one rounding: a row gives the
         same bits alone and in any batch, on any number of threads. ``torch.nn.functional.linear`` adds in an order that
-        depends on the number of rows. A weight that is not finite shows only where its input is not zero.
+        depends on the number of rows. All this for finite weights: others show in a row where its input is not zero,
+        and may show where it is.
 
     Raises:
         ValueError: The last axis of ``x``, or ``bias``, does not fit ``weight``; tensors on different devices.
@@ -61,11 +62,10 @@ def event_linear(
     _checks.check_floating("event_linear", "x", x)
     _checks.check_linear("event_linear", x, weight, bias)
     chosen = resolve_backend(backend, x.device, "event_linear", lambda name: event_linear_kernels_take(name, x))
-    if chosen == "torch":
+    if chosen == "torch" or not (x.numel() and weight.numel()):
         return functional.linear(x, weight, bias)
-    rows = x.reshape(-1, x.shape[-1]).contiguous()
     keep = torch.is_grad_enabled() and weight.requires_grad
-    y, _, _ = _event_linear(rows, weight, bias, keep)
+    y, _, _ = _event_linear(x.reshape(-1, x.shape[-1]), weight, bias, keep)
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
