@@ -123,7 +123,7 @@ def geometric_mean(values: Sequence[float]) -> float | None:
 def _plot(rows: Sequence[Row], suite: str, path: Path) -> None:
     """Speed-up over each peer, case by case; 1 is as fast as ours."""
     kinds = {kind: title for kind, title in KINDS.items() if all(kind in row for row in rows)}
-    figure = Figure(figsize=(4.5 * len(kinds), 1.5 + 0.42 * len(rows)), layout="constrained")
+    figure = Figure(figsize=(9, 1.5 + 0.42 * len(rows)), layout="constrained")
     panels = figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0]
     for axes, (kind, title) in zip(panels, kinds.items(), strict=True):
         peers = list(dict.fromkeys(name for row in rows for name in row[kind] if name != row["ours"]))
