@@ -21,7 +21,8 @@ from spikemo_model.config import (
 )
 from spikemo_model.data import Corpus, DataError, Located, locate_meld, read_mosi, standardise
 from spikemo_model.experiment import run_experiment
-from spikemo_model.training import RunResult, write_json
+from spikemo_model.runs import write_json
+from spikemo_model.training import RunResult
 
 _OPTIONS = "options.json"
 

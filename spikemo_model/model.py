@@ -1,6 +1,6 @@
 """SpikEmo: the modality level, the feature level, fusion and the classifier, assembled."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, cast
 
 import torch
@@ -177,31 +177,33 @@ class SpikEmo(Pretrained):
         return features
 
     def _adapt(self, encoded: dict[str, Tensor], mask: Tensor) -> dict[str, Tensor]:
-        """DSWA on every modality: each on its own, or all as one batch where they share its weights."""
-        if not self.dswa:
-            return encoded
-        if "shared" not in self.dswa:
-            return {name: self.dswa[name](x, mask) for name, x in encoded.items()}
-        shared = cast(DynamicSpikingWeightAdaptation, self.dswa["shared"])
-        if self.config.published_behaviour:
+        """DSWA on every modality."""
+        if self.config.published_behaviour:  # its DSWA is shared
+            shared = cast(DynamicSpikingWeightAdaptation, self.dswa["shared"])
             try:
                 return {name: shared(x, mask) for name, x in encoded.items()}
             finally:
                 shared.reset()
-        together = shared(torch.cat(list(encoded.values())), mask.repeat(len(encoded), 1))
-        return dict(zip(encoded, together.chunk(len(encoded)), strict=True))
+        return self._by_owner(encoded, lambda owner, x: self.dswa[owner](x, mask.repeat(len(x) // len(mask), 1)))
 
     def _adapt_on(
         self, encoded: dict[str, Tensor], states: dict[str, DSWAState]
     ) -> tuple[dict[str, Tensor], dict[str, DSWAState]]:
         """`_adapt` for the next utterances."""
-        if not self.dswa:
-            return encoded, states
-        inputs = encoded if "shared" not in self.dswa else {"shared": torch.cat(list(encoded.values()))}
-        outs, after = {}, {}
-        for owner, x in inputs.items():
+        after: dict[str, DSWAState] = {}
+
+        def step(owner: str, x: Tensor) -> Tensor:
             dswa = cast(DynamicSpikingWeightAdaptation, self.dswa[owner])
-            outs[owner], after[owner] = dswa.step(x, states.get(owner))
-        if "shared" in self.dswa:
-            outs = dict(zip(encoded, outs["shared"].chunk(len(encoded)), strict=True))
-        return outs, after
+            x, after[owner] = dswa.step(x, states.get(owner))
+            return x
+
+        return self._by_owner(encoded, step), after
+
+    def _by_owner(self, encoded: dict[str, Tensor], adapt: Callable[[str, Tensor], Tensor]) -> dict[str, Tensor]:
+        """``adapt`` of each modality on its own, or of all as one batch where they share DSWA's weights."""
+        if not self.dswa:
+            return encoded
+        if "shared" not in self.dswa:
+            return {name: adapt(name, x) for name, x in encoded.items()}
+        together = adapt("shared", torch.cat(list(encoded.values())))
+        return dict(zip(encoded, together.chunk(len(encoded)), strict=True))

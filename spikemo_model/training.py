@@ -2,7 +2,6 @@
 
 import atexit
 import gc
-import json
 import os
 import sys
 import time
@@ -28,13 +27,14 @@ from spikemo_model.checkpoints import (
     averaged_weights,
     replace_atomically,
 )
-from spikemo_model.config import Preset, SpikEmoConfig, TrainingConfig, from_dict, to_dict
+from spikemo_model.config import Preset, TrainingConfig, to_dict
 from spikemo_model.data.corpus import Corpus, collate
 from spikemo_model.data.loader import DialogueLoader
 from spikemo_model.evaluation import Scores, predict, score, write_predictions
 from spikemo_model.hub import Origin
 from spikemo_model.losses import LossTerms, spikemo_loss
 from spikemo_model.model import SpikEmo
+from spikemo_model.runs import open_run, write_json
 
 
 class TrainingDivergedError(RuntimeError):
@@ -343,51 +343,6 @@ def _leave_process_group() -> None:
     gc.collect()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-
-
-def open_run(run_dir: Path, preset: Preset) -> None:
-    """Note the configuration in a new ``run_dir``, or make sure that a run there has the same.
-
-    Raises:
-        ValueError: It holds a run of another configuration.
-    """
-    path = run_dir / "config.json"
-    values = json.loads(json.dumps({"model": to_dict(preset.model), "training": to_dict(preset.training)}))
-    if path.is_file():
-        found = json.loads(path.read_text(encoding="utf-8"))
-        differing = sorted(
-            f"{part}.{name}"
-            for part, own in values.items()
-            for name in own
-            if found.get(part, {}).get(name) != own[name]
-        )
-        if differing:
-            raise ValueError(
-                f"train: {run_dir} holds a run of another configuration; it differs in {', '.join(differing)}. "
-                "Choose another folder, or the options of that run."
-            )
-    elif int(os.environ.get("RANK", "0")) == 0:
-        write_json(path, values)
-
-
-def read_preset(run_dir: Path) -> Preset:
-    """Configuration of the run in ``run_dir``.
-
-    Raises:
-        FileNotFoundError: There is none.
-        ValueError: Its ``config.json`` is not one of ours.
-    """
-    path = run_dir / "config.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"read_preset: there is no {path}; {run_dir} holds no run.")
-    values = json.loads(path.read_text(encoding="utf-8"))
-    return Preset(from_dict(SpikEmoConfig, values["model"]), from_dict(TrainingConfig, values["training"]))
-
-
-def write_json(path: Path, values: Any) -> None:
-    """Write ``values`` to ``path``, which appears complete or not at all."""
-    text = json.dumps(values, ensure_ascii=False, indent=1)
-    replace_atomically(path, lambda file: file.write(text.encode("utf-8")))
 
 
 def class_shares(corpus: Corpus) -> Tensor:

@@ -1,12 +1,9 @@
 """``python -m spikemo_model experiment``."""
 
-import os
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
-
-from spikemo_model.data import Corpus, DataError, locate_meld, read_mosi, standardise
 
 Name = Literal["ablation", "modalities", "timesteps", "losses", "compare"]
 
@@ -55,10 +52,12 @@ def experiment(
     from spikemo_model.experiments.cells import EXPERIMENTS, base
     from spikemo_model.experiments.run import run_cells
     from spikemo_model.experiments.summary import write_summary
+    from spikemo_model.job import locate
 
     folder = out or Path("runs") / f"{name}-{data}"
     try:
-        corpus = _corpus(data, data_dir, text)
+        corpus, source = locate(data, data_dir, text)
+        typer.echo(f"data: {source}")
         chosen = EXPERIMENTS[name](base(corpus, epochs, batch_size))
         results = run_cells(
             corpus,
@@ -79,18 +78,3 @@ def experiment(
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from error
     typer.echo(f"\n{path.read_text(encoding='utf-8')}\ntable: {path}\nplot: {path.with_suffix('.svg')}")
-
-
-def _corpus(data: str, data_dir: Path | None, text: str) -> Corpus:
-    """The data asked for, standardised on training."""
-    if data == "meld":
-        corpus, source = locate_meld(data_dir, text)
-        typer.echo(f"data: {source}")
-        return corpus
-    root = os.environ.get("SPIKEMO_DATA")
-    folder = data_dir or (Path(root) / "mosi" if root else None)
-    if folder is None:
-        raise DataError("CMU-MOSI: set $SPIKEMO_DATA to the folder that holds mosi/, or give --data-dir.")
-    typer.echo(f"data: CMU-MOSI in {folder}")
-    corpus = read_mosi(folder)
-    return standardise(corpus, list(corpus.about))

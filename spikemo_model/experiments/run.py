@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_model
 
 from spikemo_model.config import Preset
 from spikemo_model.data.corpus import SPLITS, Corpus, DataError
@@ -20,7 +19,8 @@ from spikemo_model.experiment import quiet_lightning
 from spikemo_model.experiments.cells import Cell
 from spikemo_model.experiments.gate import Gate, measure_gate
 from spikemo_model.model import SpikEmo
-from spikemo_model.training import open_run, train, write_json
+from spikemo_model.runs import open_run, write_json
+from spikemo_model.training import train
 
 
 @dataclass(frozen=True)
@@ -165,9 +165,7 @@ def _run(data: Path, preset: Preset, run_dir: Path, accelerator: str) -> None:
     result = train(corpus, preset, run_dir, accelerator=accelerator, progress=False)
     if result is None:
         raise RuntimeError("experiment: not for torchrun; it starts its own processes.")
-    model = SpikEmo(preset.model)
-    load_model(model, str(run_dir / "model.safetensors"))
-    gate = measure_gate(model, corpus, preset.training.batch_size)
+    gate = measure_gate(SpikEmo.from_pretrained(run_dir), corpus, preset.training.batch_size)
     valid, test = result.valid.weighted_f1, result.test.weighted_f1
     cell = CellResult(result.seed, valid, test, result.rates_after, gate, result.seconds)
     write_json(run_dir / "cell.json", asdict(cell))

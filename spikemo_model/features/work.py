@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from spikemo_model.checkpoints import replace_atomically
+from spikemo_model.runs import write_json
 
 _SETTINGS = "settings.json"
 
@@ -31,8 +32,7 @@ def claim(folder: Path, settings: dict[str, Any]) -> None:
                 "folder, or take the same settings to go on."
             )
     else:
-        text = json.dumps(settings, ensure_ascii=False, indent=1)
-        replace_atomically(path, lambda file: file.write(text.encode()))
+        write_json(path, settings)
 
 
 def leave_with(parent: int) -> None:

@@ -19,7 +19,7 @@ from spikemo_model.config import MELD_EMOTIONS
 from spikemo_model.conversation import read_conversations
 from spikemo_model.data import load_corpus, save_corpus, standardise, synthetic_corpus
 from spikemo_model.hub import Origin
-from spikemo_model.training import open_run, read_preset
+from spikemo_model.runs import open_run, read_preset
 
 ROOT = Path(__file__).parent.parent.parent
 

@@ -21,7 +21,8 @@ from spikemo_model import SpikEmo
 from spikemo_model.config import DSWAConfig, FusionConfig, LossConfig, Preset, compact
 from spikemo_model.data import synthetic_corpus
 from spikemo_model.evaluation import logistic_regression, predict
-from spikemo_model.training import SpikEmoTask, TrainingDivergedError, read_preset, train
+from spikemo_model.runs import read_preset
+from spikemo_model.training import SpikEmoTask, TrainingDivergedError, train
 
 ROOT = Path(__file__).parent.parent.parent
 
