@@ -308,16 +308,17 @@ def as_surrogate(function: Callable[[Tensor], Tensor]) -> Surrogate | Callable[[
     Raises:
         TypeError: ``function`` is not callable, or a `Surrogate` of a class that is not one of ours.
     """
+    cls = type(function)
     if isinstance(function, Surrogate):
-        if not isinstance(function, CustomSurrogate) and type(function) not in SURROGATES.values():
+        # By name: torch.compile before PyTorch 2.13 cannot look for a class among a dict's values.
+        if not isinstance(function, CustomSurrogate) and _BY_CLASS_NAME.get(cls.__name__) is not cls:
             raise TypeError(
-                f"surrogate must be one of {', '.join(_BY_CLASS_NAME)}, got {type(function).__name__}. CustomSurrogate "
+                f"surrogate must be one of {', '.join(_BY_CLASS_NAME)}, got {cls.__name__}. CustomSurrogate "
                 "takes functions of your own."
             )
         return function
     if not callable(function):
-        raise TypeError(f"surrogate must be a Surrogate or a callable, got {type(function).__name__}.")
-    cls = type(function)
+        raise TypeError(f"surrogate must be a Surrogate or a callable, got {cls.__name__}.")
     if cls.__module__ == "spikingjelly.activation_based.surrogate" and cls.__name__ in _BY_CLASS_NAME:
         alpha = getattr(function, "alpha", None)
         if getattr(function, "spiking", False) and isinstance(alpha, int | float):
