@@ -7,6 +7,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
+from spikeattn._compile import constant
 from spikeattn._cuda.status import status as cuda_status
 
 logger = logging.getLogger("spikeattn")
@@ -31,7 +32,7 @@ class BackendStatus(NamedTuple):
     reason: str
 
 
-@torch.compiler.assume_constant_result
+@constant
 def why_no_numba() -> str:
     """Why numba cannot be used, with the cure; empty if it can."""
     try:

@@ -16,6 +16,12 @@ def test_importing_spikeattn_loads_no_other_framework():
     assert not heavy & loaded_after("import spikeattn")
 
 
+def test_importing_spikeattn_loads_no_compiler():
+    code = "import sys, spikeattn; print('torch._dynamo' in sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "False"
+
+
 def test_importing_the_model_loads_no_trainer():
     heavy = {"lightning", "torchmetrics", "sklearn", "transformers", "matplotlib", "torchvision"}
     assert not heavy & loaded_after("import spikemo_model, spikemo_model.published")

@@ -5,8 +5,10 @@ from importlib.util import find_spec
 
 import torch
 
+from spikeattn._compile import constant
 
-@torch.compiler.assume_constant_result
+
+@constant
 def status() -> tuple[bool, str]:
     """Return ``(usable, reason)``; found out once a process."""
     return _status()

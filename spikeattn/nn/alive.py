@@ -9,6 +9,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from spikeattn._compile import constant
+
 # Spikformer's attention fires at 0.5 behind a scale of 0.125: a count of 4 holds a neuron at its threshold.
 _COUNT_AT_THRESHOLD = 0.5 / 0.125
 # A constant current at which a LIF neuron fires every so many steps is what the gain aims at.
@@ -29,7 +31,7 @@ def norm_gain(tau: float) -> float:
     return math.sqrt(2 * tau - 1)
 
 
-@torch.compiler.assume_constant_result
+@constant
 def design_rate(tau: float) -> float:
     """Firing rate, in spikes a time step, of LIF neurons under constant currents from N(0, norm_gain(tau)^2).
 
