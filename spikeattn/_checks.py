@@ -25,8 +25,10 @@ def check_time_major(op: str, name: str, x: Tensor) -> None:
         raise ValueError(f"{op}: {name} must be [T, ...] with T >= 1, got shape {tuple(x.shape)}.")
 
 
-def check_initial_potential(op: str, v0: Tensor, x: Tensor) -> None:
-    """``v0`` fits one time step of ``x``."""
+def check_initial_potential(op: str, v0: Tensor | None, x: Tensor) -> None:
+    """``v0``, if there is one, fits one time step of ``x``."""
+    if v0 is None:
+        return
     if v0.shape != x.shape[1:]:
         raise ValueError(
             f"{op}: v0 must have shape x.shape[1:] = {tuple(x.shape[1:])}, got {tuple(v0.shape)}. "

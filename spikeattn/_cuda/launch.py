@@ -2,7 +2,8 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import NamedTuple
+from functools import cache
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -43,36 +44,52 @@ def check_limits(plan: LaunchPlan) -> None:
         raise ValueError(f"{plan.kernel}: shared memory must be at most 48 KiB, got {plan.shared_bytes} bytes.")
 
 
-def typed(args: Sequence[Argument]) -> list[np.generic]:
-    """Arguments as a kernel declares them: a pointer (null for None), ``long long`` or ``float``."""
-    values: list[np.generic] = []
+def typed(args: Sequence[Argument]) -> list[np.float32 | int]:
+    """Arguments as a kernel declares them: a pointer (null for None), ``long long`` or ``float``.
+
+    CuPy makes 8 bytes of an int, which are a pointer or a ``long long``.
+    """
+    values: list[np.float32 | int] = []
     for arg in args:
-        if isinstance(arg, float):
+        if isinstance(arg, Tensor):
+            values.append(arg.data_ptr())
+        elif isinstance(arg, float):
             values.append(np.float32(arg))
-        elif isinstance(arg, int):
-            values.append(np.int64(arg))
         else:
-            values.append(np.uint64(0 if arg is None else arg.data_ptr()))
+            values.append(arg or 0)
     return values
 
 
-class _CurrentStream:
-    """PyTorch's current stream in the form that CuPy takes; older versions of PyTorch have no such method."""
+class _Stream(NamedTuple):
+    """A stream of PyTorch in the form that CuPy takes; older versions of PyTorch have no such method."""
+
+    pointer: int
 
     def __cuda_stream__(self) -> tuple[int, int]:
         """Version of the protocol, and the stream."""
-        return 0, torch.cuda.current_stream().cuda_stream
+        return 0, self.pointer
+
+
+@cache
+def _cupy_stream(pointer: int) -> Any:
+    """CuPy's object for a stream of PyTorch, whose streams last as long as the process."""
+    import cupy
+
+    return cupy.cuda.Stream.from_external(_Stream(pointer))
 
 
 def launch(plan: LaunchPlan, program: Program, args: Sequence[Argument], device: torch.device) -> None:
-    """Enqueue ``plan`` of ``program`` behind what PyTorch has enqueued on its current stream of ``device``."""
-    import cupy
+    """Enqueue ``plan`` of ``program`` behind what PyTorch has enqueued on its current stream of ``device``.
 
+    Every microsecond here is one that small calls wait for: no context manager where the device is the current one.
+    """
     check_limits(plan)
-    # PyTorch alone sets the device: CuPy's own device guard does not give it back as PyTorch expects (cupy#6569).
-    with torch.cuda.device(device):
-        index = torch.cuda.current_device()
-        kernel = get_kernel(program, plan.kernel, index)
-        with cupy.cuda.Stream.from_external(_CurrentStream()):
-            kernel(plan.grid, plan.block, tuple(typed(args)), shared_mem=plan.shared_bytes)
+    index = torch.cuda.current_device()
+    if device.index not in (None, index):
+        # PyTorch alone sets the device: CuPy's own device guard does not give it back as PyTorch expects (cupy#6569).
+        with torch.cuda.device(device):
+            return launch(plan, program, args, device)
+    kernel = get_kernel(program, plan.kernel, index)
+    stream = _cupy_stream(torch.cuda.current_stream().cuda_stream)
+    kernel(plan.grid, plan.block, typed(args), plan.shared_bytes, stream)
     launches[plan.kernel] += 1

@@ -6,7 +6,7 @@ from typing import Any
 from spikeattn._cuda.source import OPTIONS, Program, assemble
 
 _lock = threading.Lock()
-_kernels: dict[tuple[str, str, int], Any] = {}
+_kernels: dict[tuple[Program, str, int], Any] = {}
 
 
 def get_kernel(program: Program, name: str, device: int) -> Any:
@@ -14,7 +14,7 @@ def get_kernel(program: Program, name: str, device: int) -> Any:
 
     The first use in a process compiles, or reads what an earlier process compiled from CuPy's cache on disk.
     """
-    key = (assemble(program), name, device)
+    key = (program, name, device)
     kernel = _kernels.get(key)
     if kernel is None:
         import cupy
@@ -22,6 +22,6 @@ def get_kernel(program: Program, name: str, device: int) -> Any:
         with _lock:  # two threads that meet here would compile the same module twice
             kernel = _kernels.get(key)
             if kernel is None:
-                kernel = cupy.RawModule(code=key[0], options=OPTIONS).get_function(name)
+                kernel = cupy.RawModule(code=assemble(program), options=OPTIONS).get_function(name).kernel
                 _kernels[key] = kernel
     return kernel

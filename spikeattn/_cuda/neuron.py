@@ -7,6 +7,8 @@ from torch import Tensor
 
 from spikeattn._leak import has_exact_reciprocal
 
+Constants = tuple[tuple[str, int], ...]  # what a program is compiled with, by name
+
 STORAGE = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 
 # The enum of spikeattn.cuh. Whoever brings a derivative of his own has "custom".
@@ -14,7 +16,7 @@ SURROGATES = ("sigmoid", "atan", "piecewise_quadratic", "piecewise_exp", "soft_s
 CUSTOM = len(SURROGATES)
 
 
-def neuron_constants(tau: float | None, decay_input: bool, v_reset: float | None) -> tuple[tuple[str, int], ...]:
+def neuron_constants(tau: float | None, decay_input: bool, v_reset: float | None) -> Constants:
     """What is compiled in for both directions; ``tau`` is None where a tensor holds 1 / tau."""
     return (
         ("kDecayInput", int(decay_input)),
@@ -23,7 +25,7 @@ def neuron_constants(tau: float | None, decay_input: bool, v_reset: float | None
     )
 
 
-def gradient_constants(detach_reset: bool, surrogate: str, derivative: str | None) -> tuple[tuple[str, int], ...]:
+def gradient_constants(detach_reset: bool, surrogate: str, derivative: str | None) -> Constants:
     """What is compiled in for the backward only."""
     number = SURROGATES.index(surrogate) if derivative is None else CUSTOM
     return ("kDetachReset", int(detach_reset)), ("kSurrogate", number)
@@ -53,8 +55,15 @@ def as_float(x: Tensor) -> Tensor:
     return x.to(torch.float32).contiguous()
 
 
-def as_start(v0: Tensor) -> tuple[Tensor, int]:
-    """``(v0 in float32, kScalarV0)``: an expanded number stays one number and is not written out."""
+def are_aligned(*tensors: Tensor | None) -> bool:
+    """A contiguous slice can start anywhere; 16-byte loads cannot."""
+    return all(x is None or x.data_ptr() % 16 == 0 for x in tensors)
+
+
+def as_start(v0: Tensor | None) -> tuple[Tensor | None, int]:
+    """``(v0 in float32, kScalarV0)``: an expanded number stays one number, and rest stays None: nothing is written."""
+    if v0 is None:
+        return None, 1
     if any(v0.stride()):
         return as_float(v0), 0
     return as_float(v0.as_strided((1,), (1,))), 1

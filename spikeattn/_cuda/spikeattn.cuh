@@ -99,7 +99,8 @@ __device__ inline void store(T* to, const float* from)
 
 // ---- surrogates ----
 // The formulas of ops/surrogate.py in its order of operations; a and b are constants of alpha, made on the host in
-// double. A number divided by a tensor is in PyTorch that number times the reciprocal.
+// double. A number divided by a tensor is in PyTorch that number times the reciprocal, which __frcp_rn rounds as a
+// division does, in fewer instructions.
 
 enum Surrogate { SIGMOID, ATAN, PIECEWISE_QUADRATIC, PIECEWISE_EXP, SOFT_SIGN, SUPER_SPIKE, ERF, RECT, CUSTOM };
 
@@ -113,12 +114,12 @@ __device__ inline float derivative(float x, float a, float b)
 {
     switch (kSurrogate) {
         case SIGMOID: {
-            const float s = __fdiv_rn(1.0f, __fadd_rn(1.0f, expf(-__fmul_rn(a, x))));
+            const float s = __frcp_rn(__fadd_rn(1.0f, expf(-__fmul_rn(a, x))));
             return __fmul_rn(__fmul_rn(__fsub_rn(1.0f, s), s), b);
         }
         case ATAN: {
             const float z = __fmul_rn(x, a);
-            return __fmul_rn(__fdiv_rn(1.0f, __fadd_rn(1.0f, __fmul_rn(z, z))), b);
+            return __fmul_rn(__frcp_rn(__fadd_rn(1.0f, __fmul_rn(z, z))), b);
         }
         case PIECEWISE_QUADRATIC: {
             const float y = __fsub_rn(b, __fmul_rn(a, fabsf(x)));
@@ -127,11 +128,11 @@ __device__ inline float derivative(float x, float a, float b)
         case PIECEWISE_EXP: return __fmul_rn(b, expf(__fmul_rn(a, fabsf(x))));
         case SOFT_SIGN: {
             const float z = __fadd_rn(a, fabsf(x));
-            return __fdiv_rn(1.0f, __fmul_rn(__fmul_rn(b, z), z));
+            return __frcp_rn(__fmul_rn(__fmul_rn(b, z), z));
         }
         case SUPER_SPIKE: {
             const float z = __fadd_rn(1.0f, fabsf(x));
-            return __fmul_rn(__fdiv_rn(1.0f, __fmul_rn(z, z)), b);
+            return __fmul_rn(__frcp_rn(__fmul_rn(z, z)), b);
         }
         case ERF: {
             const float z = __fmul_rn(a, x);

@@ -10,6 +10,7 @@ from spikingjelly.activation_based import functional, surrogate
 from torch import Tensor
 
 from spikeattn.ops.event_linear.op import unpacked
+from spikeattn.ops.lif.op import or_zero
 from spikeattn.ops.spiking_attention.reference import product
 from spikeattn.ops.surrogate import surrogate_of
 
@@ -37,8 +38,9 @@ class NeuronTwin:
         x = _leaf(call.x)
         self.x = x.detach().expand(call.time_steps, *x.shape[1:]).requires_grad_(x.requires_grad)
         self.weight, self.bias = _leaf_of(call, "weight"), _leaf_of(call, "bias")
-        self.fresh = call.v0.ndim > 0 and not any(call.v0.stride())  # no v0 was given, and none was kept
-        self.v0 = _leaf(call.v0).to(call.x.dtype)  # spikingjelly's potential has the dtype of its input
+        self.v0 = _leaf_of(call, "v0")
+        if self.v0 is not None:
+            self.v0 = self.v0.to(call.x.dtype)  # spikingjelly's potential has the dtype of its input
         r_tau = _leaf_of(call, "r_tau")
         self.w = None if r_tau is None else torch.logit(r_tau.detach()).requires_grad_(r_tau.requires_grad)
         self.passed_over: Tensor | None = self.w
@@ -55,7 +57,7 @@ class NeuronTwin:
             x = torch.nn.functional.layer_norm(x, x.shape[-1:], self.weight, self.bias, getattr(call, "eps", 1e-5))
             if call.padding_mask is not None:
                 x = x.masked_fill(call.padding_mask.cpu().unsqueeze(-1), 0.0)
-        if self.fresh:
+        if v is None:
             v = _rest(x, call)
         reset = (call.v_threshold, call.v_reset)
         fire = (_spikingjelly_surrogate(call.surrogate, call.alpha), call.detach_reset)
@@ -68,7 +70,8 @@ class NeuronTwin:
 
     def grads(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """Gradients of ``(spikes, v, v_seq)``."""
-        return self.call.grad_spikes, self.call.grad_v, getattr(self.call, "grad_v_seq", None)
+        call = self.call
+        return call.grad_spikes, or_zero(call.grad_v, call.x), getattr(call, "grad_v_seq", None)
 
 
 class AttentionTwin:

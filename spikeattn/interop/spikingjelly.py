@@ -137,7 +137,7 @@ def _rules(kind: type) -> Rules:
         for operation, count in ((forward, _count_forward), (backward, _count_backward)):
             overload = operation._opoverload
             rules[overload] = _rule(overload, twin, count, kind)
-    # What an absent initial potential is made of: free, and so it stays in a mode that refuses what has no rule.
+    # What a scale of attention is made of: free, and so it stays in a mode that refuses what has no rule.
     full = torch.ops.aten.full.default
     if full not in kind().rules:
         rules[full] = lambda args, kwargs, out: 0

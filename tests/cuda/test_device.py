@@ -41,6 +41,8 @@ def test_every_neuron_has_the_bits_of_the_definition(dynamics):
     neuron = Neuron(*dynamics)
     for surrogate in RATIONAL:
         check_lif(9, 33, neuron=neuron, surrogate=surrogate, device="cuda")
+    check_lif(9, 33, neuron=neuron, v_seq=False, from_rest=True, device="cuda")
+    check_norm_lif(9, 4, 40, neuron=neuron, from_rest=True, device="cuda")
     for static in (False, True):
         check_lif(9, 33, neuron=neuron, tensor_tau=True, static=static, device="cuda")
         check_norm_lif(9, 4, 40, neuron=neuron, static=static, device="cuda")
@@ -95,6 +97,31 @@ def test_attention_has_the_gradients_of_the_definition(fire, causal):
         assert torch.equal(results[backend][0], results["torch"][0])
         for got, wanted in zip(results[backend][1], results["torch"][1], strict=True):
             torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_bfloat16_attention_is_as_near_to_float64_as_autograd_of_two_products(causal):
+    spikes = [(torch.rand(6, 2, 4, 40, 32) < 0.3).bfloat16() for _ in range(3)]
+    weight, grads = torch.randn(6, 2, 4, 40, 32).bfloat16(), {}
+
+    def two_products(q, k, v):
+        counts = q @ k.transpose(-1, -2)
+        current = (counts.tril() if causal else counts) @ v * 0.125
+        settings = {"tau": 2.0, "v_threshold": 0.5, "surrogate": ATan(), "detach_reset": True}
+        return lif(current, **settings, backend="torch").spikes
+
+    for name, device, dtype, call in (
+        ("truth", "cpu", torch.float64, two_products),
+        ("autograd", "cuda", torch.bfloat16, two_products),
+        ("ours", "cuda", torch.bfloat16, lambda *qkv: spiking_attention(*qkv, is_causal=causal, backend="cupy")),
+    ):
+        own = [x.to(device, dtype).requires_grad_() for x in spikes]
+        grads[name] = torch.autograd.grad(call(*own), own, weight.to(device, dtype))
+    for ours, autograd, truth in zip(grads["ours"], grads["autograd"], grads["truth"], strict=True):
+        assert ours.dtype == torch.bfloat16
+        error, theirs = ((got.cpu().double() - truth).abs() for got in (ours, autograd))
+        assert error.mean() <= 1.5 * theirs.mean()
+        assert error.max() <= 0.02 * truth.abs().max()
 
 
 def test_attention_passes_opcheck_and_compiles_to_one_graph():

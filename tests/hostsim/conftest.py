@@ -1,12 +1,13 @@
 """The CUDA calls of the ops run on the emulator, in both orders of threads."""
 
 import shutil
+from importlib import import_module
 
 import pytest
 from emulator import Emulator
 from tiers import skip_without
 
-CALLERS = tuple(f"spikeattn.ops.{op}.cuda.launch" for op in ("lif", "norm_lif", "spiking_attention"))
+CALLERS = [import_module(f"spikeattn.ops.{op}.cuda") for op in ("lif", "norm_lif", "spiking_attention")]
 
 
 @pytest.fixture(scope="session")
@@ -22,5 +23,8 @@ def emulated(request, emulator, monkeypatch, poisoned) -> Emulator:
     """Launches go to the emulator; a missing barrier shows in at least one order of threads."""
     emulator.reversed = request.param == "backwards"
     for caller in CALLERS:
-        monkeypatch.setattr(caller, emulator.launch)
+        monkeypatch.setattr(caller, "launch", emulator.launch)
+        for function in vars(caller).values():
+            if hasattr(function, "cache_clear"):  # plans, which tests change the limits of
+                function.cache_clear()
     return emulator

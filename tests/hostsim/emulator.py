@@ -4,6 +4,7 @@ import ctypes
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import torch
 
 import spikeattn
@@ -16,6 +17,12 @@ FLAGS += ["-Wall", "-Wextra", "-Wno-unknown-pragmas"]
 # The derivative of ATan at alpha 2, as a user would spell it for a kernel.
 CUSTOM = "1.0f / (1.0f + (3.14159274f * x) * (3.14159274f * x))"
 STORAGES = ("f32", "f16", "bf16")
+
+
+def in_memory(args: list[Argument]) -> list[ctypes.Array]:
+    """Arguments as CuPy hands them over: 8 bytes of an int, 4 of a float32."""
+    values = [value if isinstance(value, np.float32) else np.int64(value) for value in typed(args)]
+    return [ctypes.create_string_buffer(value.tobytes()) for value in values]
 
 
 class Emulator:
@@ -44,8 +51,7 @@ class Emulator:
         library = self.libraries[program.storage]
         for name, value in program.constants:
             assert library.hostsim_set(name.encode(), value), f"exports.cpp does not declare {name}"
-        values = typed(args)
-        held = [ctypes.create_string_buffer(value.tobytes()) for value in values]
+        held = in_memory(args)
         params = (ctypes.c_void_p * len(held))(*[ctypes.addressof(value) for value in held])
         entry = getattr(library, f"hostsim_{plan.kernel}")
         entry.restype = ctypes.c_char_p

@@ -26,6 +26,7 @@ def test_every_size_has_the_bits_of_the_definition(emulated, size, dtype):
 def test_every_neuron_has_the_bits_of_the_definition(emulated, dynamics):
     for static in (False, True):
         check_norm_lif(9, 4, 40, neuron=Neuron(*dynamics), static=static)
+        check_norm_lif(9, 4, 40, neuron=Neuron(*dynamics), static=static, from_rest=True)
 
 
 @pytest.mark.parametrize("surrogate", SURROGATES, ids=ids)

@@ -6,10 +6,8 @@ import subprocess
 
 import pytest
 import torch
-from emulator import FLAGS, HERE
+from emulator import FLAGS, HERE, in_memory
 from tiers import skip_without
-
-from spikeattn._cuda.launch import typed
 
 pytestmark = pytest.mark.kernel
 
@@ -41,7 +39,7 @@ def swap(folder, barrier: str, backwards: bool) -> tuple[torch.Tensor, bytes | N
     entry = ctypes.CDLL(str(library)).hostsim_spk_swap_f32
     entry.restype = ctypes.c_char_p
     x, out = torch.arange(64.0), torch.full((64,), -1.0)
-    held = [ctypes.create_string_buffer(value.tobytes()) for value in typed([x, out])]
+    held = in_memory([x, out])
     params = (ctypes.c_void_p * 2)(*[ctypes.addressof(value) for value in held])
     one, block = (ctypes.c_uint * 3)(1, 1, 1), (ctypes.c_uint * 3)(64, 1, 1)
     return out, entry(one, block, 4 * 64, params, 2, int(backwards))

@@ -4,11 +4,12 @@ import contextlib
 import sys
 import types
 
+import numpy as np
 import pytest
 import torch
 
 from spikeattn._cuda import module
-from spikeattn._cuda.launch import LaunchPlan, launch, launches
+from spikeattn._cuda.launch import LaunchPlan, _cupy_stream, launch, launches
 from spikeattn._cuda.source import OPTIONS, Program, assemble
 
 PLAN = LaunchPlan("spk_lif_forward_f32", (3, 1, 1), (128, 1, 1), 16)
@@ -18,43 +19,59 @@ PROGRAM = Program("lif", "forward", "f32", (("kVector", 1),))
 @pytest.fixture
 def cupy(monkeypatch):
     """A CuPy that notes what it is asked for."""
-    log = types.SimpleNamespace(compiled=[], launched=[], streams=[])
+    log = types.SimpleNamespace(compiled=[], launched=[], streams=[], device=0)
 
     class RawModule:
         def __init__(self, code, options):
             log.compiled.append((code, options))
 
         def get_function(self, name):
-            return lambda *args, **kwargs: log.launched.append((name, args, kwargs, log.streams[-1]))
+            return types.SimpleNamespace(kernel=lambda *args: log.launched.append((name, *args)))
 
-    @contextlib.contextmanager
     def from_external(stream):
         log.streams.append(stream.__cuda_stream__())
-        yield
+        return log.streams[-1]
 
     fake = types.ModuleType("cupy")
     fake.RawModule = RawModule
     fake.cuda = types.SimpleNamespace(Stream=types.SimpleNamespace(from_external=from_external))
     monkeypatch.setitem(sys.modules, "cupy", fake)
+
+    @contextlib.contextmanager
+    def device(device):
+        before, log.device = log.device, device.index
+        yield
+        log.device = before
+
     monkeypatch.setattr(module, "_kernels", {})
-    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: types.SimpleNamespace(cuda_stream=77))
-    return log
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: log.device)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: types.SimpleNamespace(cuda_stream=77 + log.device))
+    _cupy_stream.cache_clear()
+    yield log
+    _cupy_stream.cache_clear()
 
 
 def test_a_launch_passes_the_plan_on_the_current_stream(cupy):
     x, before = torch.zeros(3), launches[PLAN.kernel]
     launch(PLAN, PROGRAM, [x, None, 5, 0.5], torch.device("cuda"))
-    ((name, (grid, block, args), keywords, stream),) = cupy.launched
-    assert (name, grid, block, keywords, stream) == (*PLAN[:3], {"shared_mem": 16}, (0, 77))
-    assert [arg.item() for arg in args] == [x.data_ptr(), 0, 5, 0.5]
+    ((name, grid, block, args, shared, stream),) = cupy.launched
+    assert (name, grid, block, shared, stream) == (*PLAN[:4], (0, 77))
+    assert args == [x.data_ptr(), 0, 5, 0.5]
+    assert type(args[3]) is np.float32  # a float of Python would be passed as a double
     assert launches[PLAN.kernel] == before + 1
 
 
-def test_a_program_is_compiled_once_for_each_device(cupy, monkeypatch):
+def test_another_device_is_the_current_one_for_the_launch_only(cupy):
+    launch(PLAN, PROGRAM, [], torch.device("cuda", 1))
+    assert cupy.device == 0
+    launch(PLAN, PROGRAM, [], torch.device("cuda"))
+    assert [launched[-1] for launched in cupy.launched] == [(0, 78), (0, 77)]
+    assert list(module._kernels) == [(PROGRAM, PLAN.kernel, 1), (PROGRAM, PLAN.kernel, 0)]
+
+
+def test_a_program_is_compiled_once_for_each_device(cupy):
     for device in (0, 0, 1, 1, 0):
-        monkeypatch.setattr(torch.cuda, "current_device", lambda device=device: device)
         launch(PLAN, PROGRAM, [], torch.device("cuda", device))
     assert cupy.compiled == [(assemble(PROGRAM), OPTIONS)] * 2
     launch(PLAN, PROGRAM._replace(storage="bf16"), [], torch.device("cuda"))

@@ -1,5 +1,6 @@
 """Launch plans are pure functions of sizes; no device, no memory."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -40,9 +41,8 @@ def test_loads_are_16_bytes_where_registers_allow():
 
 
 def test_short_trajectories_stay_in_registers_and_long_ones_go_by_segments():
-    steps = {T: tile(plan_lif_backward(T, 2**22, "f32"), "kSteps") for T in (1, 4, 5, 32, 33, 128, 129, 10_000)}
-    assert steps == {1: 4, 4: 4, 5: 8, 32: 32, 33: 64, 128: 128, 129: 32, 10_000: 32}
-    assert tile(plan_lif_backward(128, 2**22, "bf16"), "kSteps") == 32  # 128 steps would spill
+    steps = {T: tile(plan_lif_backward(T, 2**22, "f32"), "kSteps") for T in (1, 4, 5, 32, 33, 64, 65, 10_000)}
+    assert steps == {1: 4, 4: 4, 5: 8, 32: 32, 33: 64, 64: 64, 65: 32, 10_000: 32}
     assert all(length % 4 == 0 for length in SEGMENTS)  # kBatch in kernels.cu divides them
 
 
@@ -107,5 +107,5 @@ def test_a_plan_that_no_device_can_launch_is_refused():
 def test_arguments_are_pointers_long_longs_and_floats():
     x = torch.zeros(3)
     values = typed([x, None, 5, 0.1])
-    assert [value.dtype.str for value in values] == ["<u8", "<u8", "<i8", "<f4"]
-    assert [int(value) for value in values[:3]] == [x.data_ptr(), 0, 5]
+    assert [type(value) for value in values] == [int, int, int, np.float32]  # CuPy makes 8 bytes of an int
+    assert values[:3] == [x.data_ptr(), 0, 5]

@@ -208,6 +208,9 @@ def test_registered_ops_pass_opcheck():
             grads = (torch.randn(5, 6), torch.randn(6), torch.randn(5, 6) if v_seq else None)
             saved = [None if s is None else s.detach() for s in (x, v0, r_tau)]
             torch.library.opcheck(torch.ops.spikeattn.lif_backward.default, (*grads, *saved, *settings, "torch"))
+            torch.library.opcheck(torch.ops.spikeattn.lif_forward.default, (x, None, r_tau, *settings, v_seq, "torch"))
+            at_rest = (grads[0], None, grads[2], saved[0], None, saved[2])
+            torch.library.opcheck(torch.ops.spikeattn.lif_backward.default, (*at_rest, *settings, "torch"))
 
 
 def test_compiles_to_one_graph_with_the_same_result():

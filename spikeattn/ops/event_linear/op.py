@@ -6,8 +6,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from spikeattn import _checks
-from spikeattn._autograd import differentiable
+from spikeattn._autograd import differentiable, direct
 from spikeattn._backends import Backend, resolve_backend
+from spikeattn._compile import constant
 
 _WORD = 64  # bits in which a kernel keeps what fired
 # From this share of spikes on, the gradient of the weights is a plain matrix product, as it is for other numbers.
@@ -79,7 +80,7 @@ def event_linear_kernels_take(backend: Backend, x: Tensor) -> tuple[bool, str]:
     return not why_not, why_not
 
 
-@torch.compiler.assume_constant_result
+@constant
 def _why_no_vectors() -> str:
     from spikeattn._cpu.vectors import WHY_NOT
 
@@ -156,9 +157,10 @@ def _backward(ctx, grad, grad_fired, grad_tally):
     if grad is None:
         return None, None, None, None
     needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-    grad_x, grad_weight = event_linear_backward(grad, *ctx.saved_tensors, needs_x, needs_weight)
+    grad_x, grad_weight = _event_linear_backward(grad, *ctx.saved_tensors, needs_x, needs_weight)
     grad_bias = grad.sum(0) if needs_bias else None
     return grad_x if needs_x else None, grad_weight if needs_weight else None, grad_bias, None
 
 
+_event_linear_backward = direct(event_linear_backward)
 _event_linear = differentiable(event_linear_forward, _save, _backward, _save_eagerly)

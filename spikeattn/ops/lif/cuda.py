@@ -1,5 +1,8 @@
 """Launch plans of the CUDA kernels and the calls that allocate their outputs. Layout and bytes: ``README.md``."""
 
+from functools import lru_cache
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -7,6 +10,8 @@ from spikeattn._cuda.launch import Argument, LaunchPlan, launch
 from spikeattn._cuda.neuron import (
     NO_GRADIENT,
     STORAGE,
+    Constants,
+    are_aligned,
     as_float,
     as_start,
     gradient_constants,
@@ -22,10 +27,9 @@ BLOCK = 128
 MAX_BLOCKS = 2**16  # far more than any device runs at once; the rest strides
 BUSY_THREADS = 2**15  # below this a narrower load that keeps more threads busy is preferred
 
-# Steps of a segment, and how many neurons a thread can then own: kSteps * kVector values of H stay in registers. Past
-# these the compiler spills (tests/kernels/registers.json has the count), with 16-bit storage already at 128 steps.
-SEGMENTS = {4: 8, 8: 8, 16: 4, 32: 2, 64: 1, 128: 1}
-LONGEST_SEGMENT = {"f32": 128, "f16": 64, "bf16": 64}
+# Steps of a segment, and how many neurons a thread can then own: kSteps * kVector values of H stay in registers. With
+# more of them too few threads fit on a multiprocessor: 128 steps took twice the time of checkpoints (H100, float32).
+SEGMENTS = {4: 8, 8: 8, 16: 4, 32: 2, 64: 1}
 CHECKPOINT_STEPS = 32  # of a segment when T is longer than any of these
 
 
@@ -38,8 +42,7 @@ def plan_lif_forward(T: int, N: int, storage: str, aligned: bool = True, packed:
 
 def plan_lif_backward(T: int, N: int, storage: str, aligned: bool = True) -> LaunchPlan:
     """Plan of ``spk_lif_backward``: the shortest segment that holds all T, else checkpoints."""
-    longest = LONGEST_SEGMENT[storage]
-    steps = next((steps for steps in SEGMENTS if T <= steps <= longest), CHECKPOINT_STEPS)
+    steps = next((steps for steps in SEGMENTS if steps >= T), CHECKPOINT_STEPS)
     vector = _vector(N, min(SEGMENTS[steps], 16 // ELEMENT_BYTES[storage]), aligned)
     constants = (("kVector", vector), ("kSteps", steps), ("kPacked", 0))
     return LaunchPlan(f"spk_lif_backward_{storage}", _grid(N, vector), (BLOCK, 1, 1), 4 * BLOCK // 32, constants)
@@ -57,9 +60,26 @@ def _grid(N: int, vector: int) -> tuple[int, int, int]:
     return min(-(-N // (vector * BLOCK)), MAX_BLOCKS), 1, 1
 
 
+@lru_cache(maxsize=1024)
+def _forward_program(
+    T: int, N: int, storage: str, aligned: bool, packed: bool, options: Constants, *neuron: Any
+) -> tuple[LaunchPlan, Program]:
+    plan = plan_lif_forward(T, N, storage, aligned, packed)
+    return plan, Program("lif", "forward", storage, plan.constants + options + neuron_constants(*neuron) + NO_GRADIENT)
+
+
+@lru_cache(maxsize=1024)
+def _backward_program(
+    T: int, N: int, storage: str, aligned: bool, options: Constants, neuron: tuple, gradient: tuple
+) -> tuple[LaunchPlan, Program]:
+    plan = plan_lif_backward(T, N, storage, aligned)
+    constants = plan.constants + options + neuron_constants(*neuron) + gradient_constants(*gradient)
+    return plan, Program("lif", "backward", storage, constants, gradient[-1])
+
+
 def lif_forward_cuda(
     x: Tensor,
-    v0: Tensor,
+    v0: Tensor | None,
     r_tau: Tensor | None,
     time_steps: int,
     tau: float,
@@ -73,29 +93,30 @@ def lif_forward_cuda(
 
     Packed spikes are int32 [T, ceil(N / 32)], neuron n in bit n % 32 of word n / 32.
     """
-    storage, T, N, divisor = STORAGE[x.dtype], time_steps, v0.numel(), tau if r_tau is None else None
-    spikes = x.new_empty((T, -(-N // 32)), dtype=torch.int32) if packed else x.new_empty((T, *x.shape[1:]))
+    storage, T, divisor = STORAGE[x.dtype], time_steps, tau if r_tau is None else None
     v = x.new_empty(x.shape[1:], dtype=torch.float32)
+    N = v.numel()
+    spikes = x.new_empty((T, -(-N // 32)), dtype=torch.int32) if packed else x.new_empty((T, *x.shape[1:]))
     v_seq = v.new_empty((T, *x.shape[1:]) if return_v_seq else (0,))
     if N == 0:
         return spikes, v, v_seq
     x, r_tau = x.contiguous(), None if r_tau is None else as_float(r_tau)
     v0, scalar_v0 = as_start(v0)
-    plan = plan_lif_forward(T, N, storage, _aligned(x, v0), packed)
-    constants = plan.constants + _constants(x, T, r_tau, scalar_v0, return_v_seq)
-    constants += neuron_constants(divisor, decay_input, v_reset) + NO_GRADIENT
+    options = _options(x, T, r_tau, scalar_v0, return_v_seq)
+    neuron = (divisor, decay_input, v_reset)
+    plan, program = _forward_program(T, N, storage, are_aligned(x, v0), packed, options, *neuron)
     args: list[Argument] = [x, v0, r_tau, None if packed else spikes, spikes if packed else None, v, v_seq]
     args += [T, N, leak(divisor), float(v_threshold), float(v_reset or 0.0)]
-    launch(plan, Program("lif", "forward", storage, constants), args, x.device)
+    launch(plan, program, args, x.device)
     return spikes, v, v_seq
 
 
 def lif_backward_cuda(
     grad_spikes: Tensor,
-    grad_v: Tensor,
+    grad_v: Tensor | None,
     grad_v_seq: Tensor | None,
     x: Tensor,
-    v0: Tensor,
+    v0: Tensor | None,
     r_tau: Tensor | None,
     time_steps: int,
     tau: float,
@@ -107,37 +128,34 @@ def lif_backward_cuda(
     alpha: float,
     derivative: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`lif_backward_reference` in one launch: ``(grad_x, grad_v0, grad_r_tau)``.
+    """`lif_backward_reference` in one launch: ``(grad_x, grad_v0, grad_r_tau)``, the last two empty where None came in.
 
     ``derivative`` is a surrogate's own spelling, a C expression of ``float x``; it takes the place of ``surrogate``.
     """
-    storage, T, N, divisor = STORAGE[x.dtype], time_steps, v0.numel(), tau if r_tau is None else None
+    storage, T, N, divisor = STORAGE[x.dtype], time_steps, x[0].numel(), tau if r_tau is None else None
     grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
-    grad_v0 = x.new_empty(v0.shape, dtype=torch.float32)
+    grad_v0 = x.new_empty((0,) if v0 is None else v0.shape, dtype=torch.float32)
     if N == 0:
-        return grad_x, grad_v0, grad_v0.new_zeros(())
+        return grad_x, grad_v0, grad_v0.new_zeros((0,) if r_tau is None else ())
     x, r_tau = x.contiguous(), None if r_tau is None else as_float(r_tau)
     v0, scalar_v0 = as_start(v0)
-    grad_spikes, grad_v = grad_spikes.to(x.dtype).contiguous(), as_float(grad_v)
+    grad_spikes, grad_v = grad_spikes.to(x.dtype).contiguous(), None if grad_v is None else as_float(grad_v)
     grad_v_seq = None if grad_v_seq is None else as_float(grad_v_seq)
-    inputs = [grad_spikes, grad_v, x, v0, *([] if grad_v_seq is None else [grad_v_seq])]
-    plan = plan_lif_backward(T, N, storage, _aligned(*inputs))
-    constants = plan.constants + _constants(x, T, r_tau, scalar_v0, grad_v_seq is not None)
-    constants += neuron_constants(divisor, decay_input, v_reset)
-    constants += gradient_constants(detach_reset, surrogate, derivative)
-    checkpoints = grad_v0.new_empty((T - 1) // dict(plan.constants)["kSteps"], N)
-    partial_r_tau = grad_v0.new_empty(0 if r_tau is None else plan.grid[0])
-    args: list[Argument] = [grad_spikes, grad_v, grad_v_seq, x, v0, r_tau, grad_x, grad_v0, partial_r_tau, checkpoints]
-    args += [T, N, leak(divisor), float(v_threshold), float(v_reset or 0.0), *surrogate_scalars(surrogate, alpha)]
-    launch(plan, Program("lif", "backward", storage, constants, derivative), args, x.device)
-    return grad_x, grad_v0, partial_r_tau.sum()  # PyTorch sums in a fixed order; no element at all sums to 0
+    options = _options(x, T, r_tau, scalar_v0, grad_v_seq is not None)
+    neuron, gradient = (divisor, decay_input, v_reset), (detach_reset, surrogate, derivative)
+    aligned = are_aligned(grad_spikes, grad_v, x, v0, grad_v_seq)
+    plan, program = _backward_program(T, N, storage, aligned, options, neuron, gradient)
+    segments = -(-T // dict(plan.constants)["kSteps"])
+    checkpoints = grad_v0.new_empty(segments - 1, N) if segments > 1 else None
+    partial_r_tau = None if r_tau is None else grad_v0.new_empty(plan.grid[0])
+    args: list[Argument] = [grad_spikes, grad_v, grad_v_seq, x, v0, r_tau, grad_x, None if v0 is None else grad_v0]
+    args += [partial_r_tau, checkpoints, T, N, leak(divisor), float(v_threshold), float(v_reset or 0.0)]
+    args += surrogate_scalars(surrogate, alpha)
+    launch(plan, program, args, x.device)
+    # PyTorch sums in a fixed order.
+    return grad_x, grad_v0, grad_v0.new_empty(0) if partial_r_tau is None else partial_r_tau.sum()
 
 
-def _constants(x: Tensor, T: int, r_tau: Tensor | None, scalar_v0: int, v_seq: bool) -> tuple[tuple[str, int], ...]:
+def _options(x: Tensor, T: int, r_tau: Tensor | None, scalar_v0: int, v_seq: bool) -> Constants:
     static, tensor_tau = int(x.shape[0] != T), int(r_tau is not None)
     return ("kStatic", static), ("kTensorTau", tensor_tau), ("kScalarV0", scalar_v0), ("kVSeq", int(v_seq))
-
-
-def _aligned(*tensors: Tensor) -> bool:
-    """A contiguous slice can start anywhere; 16-byte loads cannot."""
-    return all(x.data_ptr() % 16 == 0 for x in tensors)

@@ -1,22 +1,26 @@
 // LIF over all T steps: equations in op.py, their derivatives and the choice of kVector and kSteps in README.md.
 //
-// x: [T, N], or [1, N] if kStatic; v0: [N], or one number if kScalarV0; v_last: [N]; everything else [T, N]; time-major and contiguous. State float.
+// x: [T, N], or [1, N] if kStatic; v0: [N]; if kScalarV0 one number, or null for v_reset; v_last: [N]; everything else [T, N]; time-major and contiguous. State float.
 // Launch: a thread owns kVector neighbouring neurons and walks over t; blocks of 128 threads, grid (any, 1, 1), which
 // strides over N. N is a multiple of kVector. One dimension, no shared memory but in lif_backward.
 
 constexpr int kBatch = 4;  // steps whose loads are in flight together; divides kSteps
+
+// Loads are not guarded: after a branch a conversion from 16 bits would wait for each of them. What lies outside is read
+// at the nearest place inside, and not used.
+__device__ inline long long at_most(long long x, long long most) { return x < most ? x : most; }
 
 __device__ inline Neuron make_neuron(const float* r_tau, float leak, float v_threshold, float v_reset, float a, float b)
 {
     return {kTensorTau ? *r_tau : leak, v_threshold, v_reset, a, b};
 }
 
-// V[0] of kVector neurons; one number for all if kScalarV0.
-__device__ inline void load_v0(const float* v0, long long n, float* v)
+// V[0] of kVector neurons; one number for all if kScalarV0, at rest if there is none.
+__device__ inline void load_v0(const float* v0, float v_rest, long long n, float* v)
 {
     if (!kScalarV0) return load(v0 + n, v);
 #pragma unroll
-    for (int j = 0; j < kVector; ++j) v[j] = *v0;
+    for (int j = 0; j < kVector; ++j) v[j] = v0 ? *v0 : v_rest;
 }
 
 #ifdef SPK_FORWARD
@@ -35,13 +39,14 @@ SPK_ENTRY(spk_lif_forward)(
     for (; first < N; first += stride) {  // whole warps stay together for the ballot
         const long long n = first + lane * kVector;
         const bool inside = n < N;
+        const long long from = inside ? n : 0;
         float v[kVector], x_t[kBatch][kVector], s[kVector];
-        if (inside) load_v0(v0, n, v);
-        if (inside && kStatic) load(x + n, x_t[0]);
+        load_v0(v0, v_reset, from, v);
+        if (kStatic) load(x + from, x_t[0]);
         for (long long t0 = 0; t0 < T; t0 += kBatch) {
 #pragma unroll
             for (int k = 0; k < kBatch; ++k)
-                if (inside && !kStatic && t0 + k < T) load(x + (t0 + k) * N + n, x_t[k]);
+                if (!kStatic) load(x + at_most(t0 + k, T - 1) * N + from, x_t[k]);
 #pragma unroll
             for (int k = 0; k < kBatch; ++k) {
                 const long long t = t0 + k;
@@ -100,25 +105,25 @@ SPK_ENTRY(spk_lif_backward)(
     float sum_r_tau = 0.0f;
     for (long long n = ((long long)blockIdx.x * blockDim.x + threadIdx.x) * kVector; n < N; n += stride) {
         float v[kVector], carry[kVector], h[kSteps][kVector], same[kVector], total[kVector];
-        load_v0(v0, n, v);
+        load_v0(v0, v_reset, n, v);
         if (kStatic) load(x + n, same);
         for (long long segment = 0; segment < last_segment; ++segment) {
             scan(neuron, x + (kStatic ? 0 : segment * kSteps * N) + n, same, N, v);
             store(checkpoints + segment * N + n, v);
         }
-        load(grad_v + n, carry);
 #pragma unroll
-        for (int j = 0; j < kVector; ++j) total[j] = 0.0f;
+        for (int j = 0; j < kVector; ++j) carry[j] = total[j] = 0.0f;
+        if (grad_v) load(grad_v + n, carry);
         for (long long segment = last_segment; segment >= 0; --segment) {
             const long long t0 = segment * kSteps;
             float start[kVector];
             if (segment) load(checkpoints + (segment - 1) * N + n, start);
-            else load_v0(v0, n, start);
+            else load_v0(v0, v_reset, n, start);
 #pragma unroll
             for (int j = 0; j < kVector; ++j) v[j] = start[j];
 #pragma unroll
             for (int k = 0; k < kSteps; ++k)
-                if (!kStatic && t0 + k < T) load(x + (t0 + k) * N + n, h[k]);
+                if (!kStatic) load(x + at_most(t0 + k, T - 1) * N + n, h[k]);
 #pragma unroll
             for (int k = 0; k < kSteps; ++k)
 #pragma unroll
@@ -131,7 +136,7 @@ SPK_ENTRY(spk_lif_backward)(
                 float grad_s[kBatch][kVector];
 #pragma unroll
                 for (int k = 0; k < kBatch; ++k)
-                    if (t0 + k0 + k < T) load(grad_spikes + (t0 + k0 + k) * N + n, grad_s[k]);
+                    load(grad_spikes + at_most(t0 + k0 + k, T - 1) * N + n, grad_s[k]);
 #pragma unroll
                 for (int k = k0 + kBatch - 1; k >= k0; --k) {
                     const long long t = t0 + k;
@@ -162,7 +167,7 @@ SPK_ENTRY(spk_lif_backward)(
             }
         }
         if (kStatic) store(grad_x + n, total);
-        store(grad_v0 + n, carry);
+        if (grad_v0) store(grad_v0 + n, carry);
     }
     if (kTensorTau) {
         SPK_DYNAMIC_SMEM(float, warps);  // [4]

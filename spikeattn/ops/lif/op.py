@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from spikeattn import _checks
-from spikeattn._autograd import differentiable
+from spikeattn._autograd import differentiable, direct
 from spikeattn._backends import Backend, resolve_backend
 from spikeattn.ops.lif.reference import is_static, lif_backward_reference, lif_reference, state_dtype
 from spikeattn.ops.surrogate import CustomSurrogate, Sigmoid, Surrogate, as_surrogate, surrogate_of
@@ -119,9 +119,6 @@ def integrate(
     _checks.check_floating("lif", "x", x)
     _checks.check_time_major("lif", "x", x)
     _checks.check_potentials("lif", v_threshold, v_reset)
-    if v0 is None:
-        v_rest = 0.0 if v_reset is None else v_reset
-        v0 = torch.full((), v_rest, dtype=state_dtype(x), device=x.device).expand(x.shape[1:])  # takes no memory
     _checks.check_initial_potential("lif", v0, x)
     surrogate = as_surrogate(surrogate)
     chosen = resolve_backend(backend, x.device, "lif", lambda name: lif_kernels_take(name, x, surrogate))
@@ -135,7 +132,7 @@ def integrate(
         name, alpha = surrogate.name, float(surrogate.alpha)
         spikes, v, v_seq = _lif(x, v0, r_tau, *settings, name, alpha, return_v_seq, chosen)
     else:
-        spikes, v, v_seq = lif_reference(x, v0, r_tau, *settings, surrogate, return_v_seq)
+        spikes, v, v_seq = lif_reference(x, at_rest(v0, x, v_reset), r_tau, *settings, surrogate, return_v_seq)
     return LIFOutput(spikes, v, v_seq if return_v_seq else None)
 
 
@@ -155,7 +152,7 @@ def lif_kernels_take(backend: Backend, x: Tensor, surrogate: Callable[[Tensor], 
 @torch.library.custom_op("spikeattn::lif_forward", mutates_args=(), device_types=("cpu", "cuda"))
 def lif_forward(
     x: Tensor,
-    v0: Tensor,
+    v0: Tensor | None,
     r_tau: Tensor | None,
     time_steps: int,
     tau: float,
@@ -168,11 +165,12 @@ def lif_forward(
     return_v_seq: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return ``(spikes, v, v_seq)``; ``v_seq`` is empty unless asked for."""
+    """Return ``(spikes, v, v_seq)``; ``v_seq`` is empty unless asked for. Without ``v0`` neurons start at rest."""
     if backend == "cupy":
         from spikeattn.ops.lif.cuda import lif_forward_cuda
 
         return lif_forward_cuda(x, v0, r_tau, time_steps, tau, decay_input, v_threshold, v_reset, return_v_seq)
+    v0 = at_rest(v0, x, v_reset)
     if backend == "numba":
         from spikeattn.ops.lif.cpu import lif_forward_cpu
 
@@ -198,10 +196,10 @@ def _(
 @torch.library.custom_op("spikeattn::lif_backward", mutates_args=(), device_types=("cpu", "cuda"))
 def lif_backward(
     grad_spikes: Tensor,
-    grad_v: Tensor,
+    grad_v: Tensor | None,
     grad_v_seq: Tensor | None,
     x: Tensor,
-    v0: Tensor,
+    v0: Tensor | None,
     r_tau: Tensor | None,
     time_steps: int,
     tau: float,
@@ -213,19 +211,23 @@ def lif_backward(
     alpha: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return ``(grad_x, grad_v0, grad_r_tau)``."""
-    tensors = (grad_spikes, grad_v, grad_v_seq, x, v0, r_tau)
+    """Return ``(grad_x, grad_v0, grad_r_tau)``; empty without ``v0`` or ``r_tau``. No ``grad_v`` is a zero one."""
     neuron = (time_steps, tau, decay_input, v_threshold, v_reset, detach_reset)
     fire = surrogate_of(surrogate, alpha)
     if backend == "cupy":
         from spikeattn.ops.lif.cuda import lif_backward_cuda
 
+        tensors = (grad_spikes, grad_v, grad_v_seq, x, v0, r_tau)
         return lif_backward_cuda(*tensors, *neuron, surrogate, alpha, getattr(fire, "cuda", None))
+    own = (grad_spikes, or_zero(grad_v, x), grad_v_seq, x, at_rest(v0, x, v_reset), r_tau)
     if backend == "numba":
         from spikeattn.ops.lif.cpu import lif_backward_cpu
 
-        return lif_backward_cpu(*tensors, *neuron, fire)
-    return lif_backward_reference(*tensors, *neuron, fire)
+        grad_x, grad_v0, grad_r_tau = lif_backward_cpu(*own, *neuron, fire)
+    else:
+        grad_x, grad_v0, grad_r_tau = lif_backward_reference(*own, *neuron, fire)
+    nothing = grad_v0.new_empty(0)
+    return grad_x, nothing if v0 is None else grad_v0, nothing.clone() if r_tau is None else grad_r_tau
 
 
 @lif_backward.register_fake
@@ -234,24 +236,31 @@ def _(
     time_steps, tau, decay_input, v_threshold, v_reset, detach_reset, surrogate, alpha, backend,
 ):  # fmt: skip
     dtype = state_dtype(x)
-    return x.new_empty(x.shape), x.new_empty(v0.shape, dtype=dtype), x.new_empty((), dtype=dtype)
+    grad_v0 = x.new_empty((0,) if v0 is None else v0.shape, dtype=dtype)
+    return x.new_empty(x.shape), grad_v0, x.new_empty((0,) if r_tau is None else (), dtype=dtype)
 
 
-def or_zero(
-    grad_spikes: Tensor | None, grad_v: Tensor | None, x: Tensor, v0: Tensor, time_steps: int
-) -> tuple[Tensor, Tensor]:
-    """Gradients of spikes and last potential; of one that nobody used, one zero in the place of a tensor of them."""
-    if grad_spikes is None:
-        grad_spikes = x.new_zeros(()).expand(time_steps, *v0.shape)
-    if grad_v is None:
-        grad_v = x.new_zeros((), dtype=state_dtype(x)).expand(v0.shape)
-    return grad_spikes, grad_v
+def at_rest(v0: Tensor | None, x: Tensor, v_reset: float | None) -> Tensor:
+    """``v0``, or one number in the place of [*N]: the reset potential, 0 if there is none."""
+    if v0 is not None:
+        return v0
+    return torch.full((), v_reset or 0.0, dtype=state_dtype(x), device=x.device).expand(x.shape[1:])
+
+
+def or_zero(grad_v: Tensor | None, x: Tensor) -> Tensor:
+    """Gradient of the last potential; where nobody used that, one zero in the place of [*N]."""
+    return x.new_zeros((), dtype=state_dtype(x)).expand(x.shape[1:]) if grad_v is None else grad_v
+
+
+def or_zeros(grad_spikes: Tensor | None, x: Tensor, time_steps: int) -> Tensor:
+    """Gradient of the spikes; where nobody used them, one zero in the place of [T, *N]."""
+    return x.new_zeros(()).expand(time_steps, *x.shape[1:]) if grad_spikes is None else grad_spikes
 
 
 def _save(ctx, inputs, output) -> None:
     """Keep the inputs only: the backward computes H again."""
     x, v0, r_tau, *ctx.settings, ctx.return_v_seq, ctx.backend = inputs
-    ctx.set_materialize_grads(False)  # `or_zero`
+    ctx.set_materialize_grads(False)  # None for what nobody used
     ctx.save_for_backward(x, v0, r_tau)
 
 
@@ -259,12 +268,13 @@ def _backward(ctx, grad_spikes, grad_v, grad_v_seq):
     """Hand over to the registered backward; None for an input that needs no gradient."""
     x, v0, r_tau = ctx.saved_tensors
     grad_v_seq = grad_v_seq if ctx.return_v_seq else None
-    grad_spikes, grad_v = or_zero(grad_spikes, grad_v, x, v0, ctx.settings[0])
-    grads = lif_backward(grad_spikes, grad_v, grad_v_seq, x, v0, r_tau, *ctx.settings, ctx.backend)
+    grad_spikes = or_zeros(grad_spikes, x, ctx.settings[0])
+    grads = _lif_backward(grad_spikes, grad_v, grad_v_seq, x, v0, r_tau, *ctx.settings, ctx.backend)
     needed = [grad if need else None for grad, need in zip(grads, ctx.needs_input_grad[:3], strict=True)]
     if needed[1] is not None:
         needed[1] = needed[1].to(v0.dtype)
     return (*needed, *(None,) * (len(ctx.settings) + 2))
 
 
+_lif_backward = direct(lif_backward)
 _lif = differentiable(lif_forward, _save, _backward)

@@ -1,38 +1,56 @@
 // LayerNorm over the last axis, then LIF over all T steps: definition in reference.py, launch and bytes in README.md.
 //
 // x: [T, R, D], or [1, R, D] if kStatic, R rows of D; mask: [R], true where the current is zero, or null; v0: [R,
-// D], or one number if kScalarV0; v_last: [R, D]; mean, rstd: [T or 1, R]; contiguous. State float.
-// Launch: kThreads threads own a row and walk over t; thread r holds elements r, r + kThreads, ..., kElements of them,
-// so D <= kThreads * kElements. Blocks of max(kThreads, 128) threads; grid (any, 1, 1) strides over the rows.
-// kBatch: steps whose loads are in flight together on the way back.
+// D]; if kScalarV0 one number, or null for v_reset; v_last: [R, D]; mean, rstd: [T or 1, R]; contiguous. State float.
+// Launch: kThreads threads own a row and walk over t; thread r holds kElements elements, so D <= kThreads * kElements,
+// equal if kFull: r, r + kThreads, ..., or neighbours if kContiguous, where kVector = kElements divides D. Blocks of
+// max(kThreads, 128) threads; grid (any, 1, 1) strides over the rows. kBatch: steps whose loads and sums go together on
+// the way back.
 
 // The row of this thread's group before striding, and how far a stride goes.
 __device__ inline long long first_row() { return ((long long)blockIdx.x * blockDim.x + threadIdx.x) / kThreads; }
 __device__ inline long long row_stride() { return (long long)gridDim.x * blockDim.x / kThreads; }
 
+// Where in its row element e of this thread lies.
+__device__ inline int place(int e)
+{
+    const int r = threadIdx.x % kThreads;
+    return kContiguous ? kElements * r + e : kThreads * e + r;
+}
+
+__device__ inline bool is_inside(int e, long long D) { return kFull || place(e) < D; }
+
+// Zero outside. Loads are not guarded: after a branch a conversion from 16 bits would wait for each of them; what lies
+// outside is read elsewhere in the row.
 template <class T>
 __device__ inline void load_row(const T* row, long long D, float* to)
 {
-    const int r = threadIdx.x % kThreads;
+    if (kContiguous) load(row + (is_inside(0, D) ? place(0) : 0), to);
 #pragma unroll
-    for (int e = 0; e < kElements; ++e) to[e] = kThreads * e + r < D ? to_float(row[kThreads * e + r]) : 0.0f;
+    for (int e = 0; e < kElements; ++e) {
+        if (!kContiguous) to[e] = to_float(row[is_inside(e, D) ? place(e) : 0]);
+        if (!is_inside(e, D)) to[e] = 0.0f;
+    }
 }
 
-// V[0] of a row; one number for all if kScalarV0.
-__device__ inline void load_v0(const float* v0, long long row, long long D, float* v)
+// V[0] of a row; one number for all if kScalarV0, at rest if there is none.
+__device__ inline void load_v0(const float* v0, float v_rest, long long row, long long D, float* v)
 {
     if (!kScalarV0) return load_row(v0 + row * D, D, v);
 #pragma unroll
-    for (int e = 0; e < kElements; ++e) v[e] = *v0;
+    for (int e = 0; e < kElements; ++e) v[e] = v0 ? *v0 : v_rest;
 }
 
 template <class T>
 __device__ inline void store_row(T* row, long long D, const float* from)
 {
-    const int r = threadIdx.x % kThreads;
+    if (kContiguous) {
+        if (is_inside(0, D)) store(row + place(0), from);
+        return;
+    }
 #pragma unroll
     for (int e = 0; e < kElements; ++e)
-        if (kThreads * e + r < D) from_float(row[kThreads * e + r], from[e]);
+        if (is_inside(e, D)) from_float(row[place(e)], from[e]);
 }
 
 // Sum over a row as `ordered_sum` of the definition has it, for 32 or 128 threads: thread r holds the partial sums r,
@@ -53,24 +71,24 @@ __device__ inline float ordered_sum(const float* x)
     return warp_sum(__fadd_rn(__fadd_rn(lane[0], lane[64]), __fadd_rn(lane[32], lane[96])));
 }
 
-// Two sums over a row at once, in any fixed order. Uses kThreads / 16 floats of shared memory if threads are over 32.
-__device__ inline void row_sums(float& a, float& b)
+// 2 kBatch sums over a row at once, in any fixed order: their shuffles overlap, and they share the barriers. Uses
+// kBatch kThreads / 16 floats of shared memory if threads are over 32.
+__device__ inline void row_sums(float* x)
 {
-    a = warp_sum(a);
-    b = warp_sum(b);
+    const int count = 2 * kBatch, warps = kThreads / 32;
+#pragma unroll
+    for (int i = 0; i < count; ++i) x[i] = warp_sum(x[i]);
     if (kThreads == 32) return;
     SPK_DYNAMIC_SMEM(float, sums);
-    const int warps = kThreads / 32;
     __syncthreads();  // the sums before these have been read
-    if (threadIdx.x % 32 == 0) {
-        sums[threadIdx.x / 32] = a;
-        sums[warps + threadIdx.x / 32] = b;
-    }
+#pragma unroll
+    for (int i = 0; i < count; ++i)
+        if (threadIdx.x % 32 == 0) sums[i * warps + threadIdx.x / 32] = x[i];
     __syncthreads();
-    a = b = 0.0f;
-    for (int w = 0; w < warps; ++w) {
-        a = __fadd_rn(a, sums[w]);
-        b = __fadd_rn(b, sums[warps + w]);
+#pragma unroll
+    for (int i = 0; i < count; ++i) {
+        x[i] = 0.0f;
+        for (int w = 0; w < warps; ++w) x[i] = __fadd_rn(x[i], sums[i * warps + w]);
     }
 }
 
@@ -101,7 +119,7 @@ SPK_ENTRY(spk_norm_lif_forward)(
     for (long long row = first_row(); row < R; row += row_stride()) {
         const bool masked = mask && mask[row];
         float v[kElements], next[kElements], current[kElements], s[kElements];
-        load_v0(v0, row, D, v);
+        load_v0(v0, v_reset, row, D, v);
         load_row(x + row * D, D, next);
         for (long long t = 0; t < T; ++t) {
             if (!kStatic || t == 0) {
@@ -112,11 +130,11 @@ SPK_ENTRY(spk_norm_lif_forward)(
                 const float m = __fdiv_rn(ordered_sum(current), (float)D);
 #pragma unroll
                 for (int e = 0; e < kElements; ++e) {
-                    const float centred = kThreads * e + r < D ? __fsub_rn(current[e], m) : 0.0f;
+                    const float centred = is_inside(e, D) ? __fsub_rn(current[e], m) : 0.0f;
                     s[e] = __fmul_rn(centred, centred);
                 }
                 const float variance = __fdiv_rn(ordered_sum(s), (float)D);
-                const float rs = __fdiv_rn(1.0f, __fsqrt_rn(__fadd_rn(variance, eps)));
+                const float rs = __frcp_rn(__fsqrt_rn(__fadd_rn(variance, eps)));
                 if (r == 0) {
                     mean[t * R + row] = m;
                     rstd[t * R + row] = rs;
@@ -138,33 +156,44 @@ SPK_ENTRY(spk_norm_lif_forward)(
 #endif
 #ifdef SPK_BACKWARD
 
-// From grad = dL/d current and x of a row: writes grad_x and adds to the gradients of weight and bias. With n the
-// normalised row, grad_x = rstd * (g w - mean(g w) - n mean(g w n)).
+// From grad = dL/d current and x of `count` steps of a row, which may be changed: writes grad_x, a step `stride` before
+// the other, and adds to the gradients of weight and bias. With n the normalised row,
+// grad_x = rstd * (g w - mean(g w) - n mean(g w n)).
 __device__ inline void norm_back(
-    const float* grad, const float* x, float mean, float rstd, const float* weight, long long D, storage* grad_x,
-    float* grad_weight, float* grad_bias)
+    int count, float* grad, float* x, const float* mean, const float* rstd, const float* weight, long long D,
+    storage* grad_x, long long stride, float* grad_weight, float* grad_bias)
 {
-    const int r = threadIdx.x % kThreads;
-    float n[kElements], sum = 0.0f, sum_n = 0.0f;
+    float sums[2 * kBatch];
 #pragma unroll
-    for (int e = 0; e < kElements; ++e) {
-        n[e] = __fmul_rn(__fsub_rn(x[e], mean), rstd);
-        const float scaled = __fmul_rn(grad[e], weight[e]);
-        const bool inside = kThreads * e + r < D;
-        sum = __fadd_rn(sum, inside ? scaled : 0.0f);
-        sum_n = __fadd_rn(sum_n, inside ? __fmul_rn(scaled, n[e]) : 0.0f);
-        grad_weight[e] = __fadd_rn(grad_weight[e], __fmul_rn(grad[e], n[e]));
-        grad_bias[e] = __fadd_rn(grad_bias[e], grad[e]);
-    }
-    row_sums(sum, sum_n);
-    sum = __fdiv_rn(sum, (float)D);
-    sum_n = __fdiv_rn(sum_n, (float)D);
+    for (int k = 0; k < kBatch; ++k) {
+        float sum = 0.0f, sum_n = 0.0f;
+        if (k < count) {
 #pragma unroll
-    for (int e = 0; e < kElements; ++e) {
-        const float scaled = __fmul_rn(grad[e], weight[e]);
-        n[e] = __fmul_rn(rstd, __fsub_rn(__fsub_rn(scaled, sum), __fmul_rn(n[e], sum_n)));
+            for (int e = 0; e < kElements; ++e) {
+                const int i = k * kElements + e;
+                const float g = grad[i], n = __fmul_rn(__fsub_rn(x[i], mean[k]), rstd[k]);
+                grad_weight[e] = __fadd_rn(grad_weight[e], __fmul_rn(g, n));
+                grad_bias[e] = __fadd_rn(grad_bias[e], g);
+                const float scaled = is_inside(e, D) ? __fmul_rn(g, weight[e]) : 0.0f;
+                sum = __fadd_rn(sum, scaled);
+                sum_n = __fadd_rn(sum_n, __fmul_rn(scaled, n));
+                grad[i] = scaled;
+                x[i] = n;
+            }
+        }
+        sums[2 * k] = sum;
+        sums[2 * k + 1] = sum_n;
     }
-    store_row(grad_x, D, n);
+    row_sums(sums);
+#pragma unroll
+    for (int k = 0; k < kBatch; ++k) {
+        if (k >= count) break;
+        const float mean_g = __fdiv_rn(sums[2 * k], (float)D), mean_n = __fdiv_rn(sums[2 * k + 1], (float)D);
+#pragma unroll
+        for (int i = k * kElements; i < (k + 1) * kElements; ++i)
+            x[i] = __fmul_rn(rstd[k], __fsub_rn(__fsub_rn(grad[i], mean_g), __fmul_rn(x[i], mean_n)));
+        store_row(grad_x - k * stride, D, x + k * kElements);
+    }
 }
 
 // Brings V from step t0 to step t1; keeps H[t0 ... t1 - 1] in trajectory [steps][kElements][kThreads] unless null.
@@ -177,8 +206,7 @@ __device__ inline void scan(
     for (long long t = t0; t < t1; t += kBatch) {
 #pragma unroll
         for (int k = 0; k < kBatch; ++k) {
-            if (t + k >= t1) break;
-            const long long at = (kStatic ? 0 : t + k) * R + row;
+            const long long at = (kStatic ? 0 : t + k < t1 ? t + k : t1 - 1) * R + row;
             load_row(x + at * D, D, current[k]);
             m[k] = mean[at];
             rs[k] = rstd[at];
@@ -201,10 +229,10 @@ __device__ inline void scan(
 // row that is normalised has sums at every step. V at the start of every segment but the first goes to checkpoints
 // [(T - 1) / steps, R, D]. Writes grad_x (static steps are summed from the last to the first), grad_v0 and, a group of
 // kThreads threads each, one row of partial sums of the gradients of weight and bias to partials
-// [gridDim.x * blockDim.x / kThreads, 2, D]. Dynamic shared memory: kThreads / 16 floats, then blockDim.x * kElements *
-// steps. Moves 3 elements of storage a neuron-step (4 with checkpoints, which add 8 / steps bytes) and one more that
+// [gridDim.x * blockDim.x / kThreads, 2, D]. Dynamic shared memory: kBatch kThreads / 16 floats, then blockDim.x *
+// kElements * steps. Moves 3 elements of storage a neuron-step (4 with checkpoints, which add 8 / steps bytes) and one more that
 // was read shortly before.
-SPK_ENTRY(spk_norm_lif_backward, __launch_bounds__(kThreads > 256 ? kThreads : 256))(
+SPK_ENTRY(spk_norm_lif_backward, __launch_bounds__(kThreads > 256 ? kThreads : 256, 1))(
     const storage* SPK_RESTRICT grad_spikes, const float* SPK_RESTRICT grad_v, const storage* SPK_RESTRICT x,
     const float* SPK_RESTRICT weight, const float* SPK_RESTRICT bias, const bool* SPK_RESTRICT mask,
     const float* SPK_RESTRICT v0, const float* SPK_RESTRICT mean, const float* SPK_RESTRICT rstd,
@@ -216,7 +244,7 @@ SPK_ENTRY(spk_norm_lif_backward, __launch_bounds__(kThreads > 256 ? kThreads : 2
     const long long last_segment = (T - 1) / steps;
     const int r = threadIdx.x % kThreads;
     SPK_DYNAMIC_SMEM(float, smem);
-    float* trajectory = smem + kThreads / 16 + threadIdx.x / kThreads * steps * kElements * kThreads;
+    float* trajectory = smem + kBatch * kThreads / 16 + threadIdx.x / kThreads * steps * kElements * kThreads;
     float w[kElements], bi[kElements], grad_w[kElements], grad_b[kElements];
     load_row(weight, D, w);
     load_row(bias, D, bi);
@@ -225,53 +253,53 @@ SPK_ENTRY(spk_norm_lif_backward, __launch_bounds__(kThreads > 256 ? kThreads : 2
     for (long long row = first_row(); row < R; row += row_stride()) {
         const bool masked = mask && mask[row];
         float v[kElements], carry[kElements], total[kElements];
-        load_v0(v0, row, D, v);
+        load_v0(v0, v_reset, row, D, v);
         for (long long segment = 0; segment < last_segment; ++segment) {
             const long long t0 = segment * steps;
             scan(neuron, x, mean, rstd, w, bi, masked, t0, t0 + steps, R, row, D, v, nullptr);
             store_row(checkpoints + (segment * R + row) * D, D, v);
         }
-        load_row(grad_v + row * D, D, carry);
 #pragma unroll
-        for (int e = 0; e < kElements; ++e) total[e] = 0.0f;
+        for (int e = 0; e < kElements; ++e) carry[e] = total[e] = 0.0f;
+        if (grad_v) load_row(grad_v + row * D, D, carry);
         for (long long segment = last_segment; segment >= 0; --segment) {
             const long long t0 = segment * steps;
             const long long t1 = t0 + steps < T ? t0 + steps : T;
             if (segment) load_row(checkpoints + ((segment - 1) * R + row) * D, D, v);
-            else load_v0(v0, row, D, v);
+            else load_v0(v0, v_reset, row, D, v);
             scan(neuron, x, mean, rstd, w, bi, masked, t0, t1, R, row, D, v, trajectory);
             for (long long t = t1 - 1; t >= t0; t -= kBatch) {
-                float grad[kBatch][kElements], x_t[kBatch][kElements], m[kBatch], rs[kBatch];
+                float grad[kBatch * kElements], x_t[kBatch * kElements], m[kBatch], rs[kBatch];
 #pragma unroll
                 for (int k = 0; k < kBatch; ++k) {
-                    if (t - k < t0) break;
-                    const long long at = (t - k) * R + row;
-                    load_row(grad_spikes + at * D, D, grad[k]);
+                    const long long at = (t - k > t0 ? t - k : t0) * R + row;
+                    load_row(grad_spikes + at * D, D, grad + k * kElements);
                     if (kStatic) continue;
-                    load_row(x + at * D, D, x_t[k]);
+                    load_row(x + at * D, D, x_t + k * kElements);
                     m[k] = mean[at];
                     rs[k] = rstd[at];
                 }
+                const int count = t - t0 + 1 < kBatch ? (int)(t - t0 + 1) : kBatch;
 #pragma unroll
                 for (int k = 0; k < kBatch; ++k) {
-                    if (t - k < t0) break;
-                    const long long at = (t - k) * R + row;
+                    if (k >= count) break;
 #pragma unroll
                     for (int e = 0; e < kElements; ++e) {
                         const float h = trajectory[((t - k - t0) * kElements + e) * kThreads + r];
-                        grad[k][e] = neuron.step_back(neuron.grad_h(grad[k][e], carry[e], h), carry[e]);
-                        if (masked) grad[k][e] = 0.0f;
-                        total[e] = __fadd_rn(total[e], grad[k][e]);
+                        float& g = grad[k * kElements + e];
+                        g = neuron.step_back(neuron.grad_h(g, carry[e], h), carry[e]);
+                        if (masked) g = 0.0f;
+                        total[e] = __fadd_rn(total[e], g);
                     }
-                    if (!kStatic) norm_back(grad[k], x_t[k], m[k], rs[k], w, D, grad_x + at * D, grad_w, grad_b);
                 }
+                if (!kStatic) norm_back(count, grad, x_t, m, rs, w, D, grad_x + (t * R + row) * D, R * D, grad_w, grad_b);
             }
         }
         if (kStatic) {
             load_row(x + row * D, D, v);
-            norm_back(total, v, mean[row], rstd[row], w, D, grad_x + row * D, grad_w, grad_b);
+            norm_back(1, total, v, mean + row, rstd + row, w, D, grad_x + row * D, 0, grad_w, grad_b);
         }
-        store_row(grad_v0 + row * D, D, carry);
+        if (grad_v0) store_row(grad_v0 + row * D, D, carry);
     }
     store_row(partials + first_row() * 2 * D, D, grad_w);
     store_row(partials + (first_row() * 2 + 1) * D, D, grad_b);

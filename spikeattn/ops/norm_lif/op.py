@@ -7,9 +7,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from spikeattn import _checks
-from spikeattn._autograd import differentiable
+from spikeattn._autograd import differentiable, direct
 from spikeattn._backends import Backend, resolve_backend, say_once
-from spikeattn.ops.lif.op import LIFOutput, lif_kernels_take, or_zero
+from spikeattn.ops.lif.op import LIFOutput, at_rest, lif_kernels_take, or_zero, or_zeros
 from spikeattn.ops.lif.reference import is_static, state_dtype
 from spikeattn.ops.norm_lif.cuda import fits
 from spikeattn.ops.norm_lif.reference import norm_lif_backward_reference, norm_lif_reference
@@ -88,9 +88,6 @@ def norm_lif(
     _checks.check_eps("norm_lif", eps)
     _checks.check_tau("norm_lif", tau)
     _checks.check_potentials("norm_lif", v_threshold, v_reset)
-    if v0 is None:
-        v_rest = 0.0 if v_reset is None else v_reset
-        v0 = torch.full((), v_rest, dtype=state_dtype(x), device=x.device).expand(x.shape[1:])  # takes no memory
     _checks.check_initial_potential("norm_lif", v0, x)
     surrogate = as_surrogate(surrogate)
     chosen = resolve_backend(backend, x.device, "norm_lif", lambda name: norm_lif_kernels_take(name, x, surrogate))
@@ -99,11 +96,12 @@ def norm_lif(
         x = x[:1]
     v_reset = None if v_reset is None else float(v_reset)
     neuron = (float(tau), decay_input, float(v_threshold), v_reset, detach_reset)
-    inputs = (x, weight, bias, padding_mask, v0, T, float(eps), *neuron)
     if isinstance(surrogate, Surrogate):
+        inputs = (x, weight, bias, padding_mask, v0, T, float(eps), *neuron)
         spikes, v, _, _ = _norm_lif(*inputs, surrogate.name, float(surrogate.alpha), chosen)
     else:
         say_once(f"norm_lif: surrogate {type(surrogate).__name__} has no analytic backward; it runs as a loop over T")
+        inputs = (x, weight, bias, padding_mask, at_rest(v0, x, v_reset), T, float(eps), *neuron)
         spikes, v, _, _ = norm_lif_reference(*inputs, surrogate)
     return LIFOutput(spikes, v)
 
@@ -121,7 +119,7 @@ def norm_lif_forward(
     weight: Tensor,
     bias: Tensor,
     padding_mask: Tensor | None,
-    v0: Tensor,
+    v0: Tensor | None,
     time_steps: int,
     eps: float,
     tau: float,
@@ -134,11 +132,12 @@ def norm_lif_forward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return ``(spikes, v, mean, rstd)``; the last two, [T or 1, *N, 1], are for the backward."""
-    inputs = (x, weight, bias, padding_mask, v0, time_steps, eps, tau, decay_input, v_threshold, v_reset)
+    settings = (time_steps, eps, tau, decay_input, v_threshold, v_reset)
     if backend == "cupy":
         from spikeattn.ops.norm_lif.cuda import norm_lif_forward_cuda
 
-        return norm_lif_forward_cuda(*inputs)
+        return norm_lif_forward_cuda(x, weight, bias, padding_mask, v0, *settings)
+    inputs = (x, weight, bias, padding_mask, at_rest(v0, x, v_reset), *settings)
     if backend == "numba":
         from spikeattn.ops.norm_lif.cpu import norm_lif_forward_cpu
 
@@ -160,12 +159,12 @@ def _(
 @torch.library.custom_op("spikeattn::norm_lif_backward", mutates_args=(), device_types=("cpu", "cuda"))
 def norm_lif_backward(
     grad_spikes: Tensor,
-    grad_v: Tensor,
+    grad_v: Tensor | None,
     x: Tensor,
     weight: Tensor,
     bias: Tensor,
     padding_mask: Tensor | None,
-    v0: Tensor,
+    v0: Tensor | None,
     mean: Tensor,
     rstd: Tensor,
     time_steps: int,
@@ -178,20 +177,24 @@ def norm_lif_backward(
     alpha: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return ``(grad_x, grad_weight, grad_bias, grad_v0)``."""
-    tensors = (grad_spikes, grad_v, x, weight, bias, padding_mask, v0, mean, rstd)
+    """Return ``(grad_x, grad_weight, grad_bias, grad_v0)``; ``grad_v0`` is empty without ``v0``."""
     neuron = (time_steps, tau, decay_input, v_threshold, v_reset, detach_reset)
     fire = surrogate_of(surrogate, alpha)
     if backend == "cupy":
         from spikeattn.ops.norm_lif.cuda import norm_lif_backward_cuda
 
+        tensors = (grad_spikes, grad_v, x, weight, bias, padding_mask, v0, mean, rstd)
         return norm_lif_backward_cuda(*tensors, *neuron, surrogate, alpha, getattr(fire, "cuda", None))
+    start = at_rest(v0, x, v_reset)
+    own = (grad_spikes, or_zero(grad_v, x), x, weight, bias, padding_mask, start, mean, rstd)
     if backend == "numba":
         from spikeattn.ops.norm_lif.cpu import norm_lif_backward_cpu
 
-        return norm_lif_backward_cpu(*tensors, *neuron, fire)
-    grad_x, grad_weight, grad_bias, grad_v0 = norm_lif_backward_reference(*tensors, *neuron, fire)
-    return grad_x.contiguous(), grad_weight, grad_bias, grad_v0.contiguous()
+        grad_x, grad_weight, grad_bias, grad_v0 = norm_lif_backward_cpu(*own, *neuron, fire)
+    else:
+        grad_x, grad_weight, grad_bias, grad_v0 = norm_lif_backward_reference(*own, *neuron, fire)
+    grad_v0 = grad_v0.new_empty(0) if v0 is None else grad_v0.contiguous()
+    return grad_x.contiguous(), grad_weight, grad_bias, grad_v0
 
 
 @norm_lif_backward.register_fake
@@ -200,14 +203,15 @@ def _(
     time_steps, tau, decay_input, v_threshold, v_reset, detach_reset, surrogate, alpha, backend,
 ):  # fmt: skip
     grad_weight, grad_bias = weight.new_empty(weight.shape), bias.new_empty(bias.shape)
-    return x.new_empty(x.shape), grad_weight, grad_bias, x.new_empty(v0.shape, dtype=state_dtype(x))
+    grad_v0 = x.new_empty((0,) if v0 is None else v0.shape, dtype=state_dtype(x))
+    return x.new_empty(x.shape), grad_weight, grad_bias, grad_v0
 
 
 def _save(ctx, inputs, output) -> None:
     """Keep the inputs and the statistics of rows: the backward computes currents and potentials again."""
     x, weight, bias, padding_mask, v0, time_steps, _, *settings, ctx.backend = inputs
     ctx.settings = (time_steps, *settings)
-    ctx.set_materialize_grads(False)  # `or_zero`
+    ctx.set_materialize_grads(False)  # None for what nobody used
     _, _, mean, rstd = output
     ctx.save_for_backward(x, weight, bias, padding_mask, v0, mean, rstd)
 
@@ -215,9 +219,9 @@ def _save(ctx, inputs, output) -> None:
 def _backward(ctx, grad_spikes, grad_v, grad_mean, grad_rstd):
     """Hand over to the registered backward; mean and rstd are no outputs of the public function."""
     saved = ctx.saved_tensors  # once: non-reentrant checkpointing allows no second look
-    x, _, _, _, v0, _, _ = saved
-    grad_spikes, grad_v = or_zero(grad_spikes, grad_v, x, v0, ctx.settings[0])
-    grads = norm_lif_backward(grad_spikes, grad_v, *saved, *ctx.settings, ctx.backend)
+    x, v0 = saved[0], saved[4]
+    grad_spikes = or_zeros(grad_spikes, x, ctx.settings[0])
+    grads = _norm_lif_backward(grad_spikes, grad_v, *saved, *ctx.settings, ctx.backend)
     grad_x, grad_weight, grad_bias, grad_v0 = (
         grad if need else None
         for grad, need in zip(grads, (*ctx.needs_input_grad[:3], ctx.needs_input_grad[4]), strict=True)
@@ -226,4 +230,5 @@ def _backward(ctx, grad_spikes, grad_v, grad_mean, grad_rstd):
     return grad_x, grad_weight, grad_bias, None, grad_v0, *(None,) * (len(ctx.settings) + 2)
 
 
+_norm_lif_backward = direct(norm_lif_backward)
 _norm_lif = differentiable(norm_lif_forward, _save, _backward)

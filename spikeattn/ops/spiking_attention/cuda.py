@@ -1,5 +1,7 @@
 """Launch plans of the CUDA kernels and the calls that allocate their outputs. Layout and bytes: ``README.md``."""
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -29,6 +31,7 @@ def takes(S: int, E: int, fire: str | None) -> bool:
     return E <= MAX_CHANNELS and (fire != "map" or S <= MAX_MAP_KEYS)
 
 
+@lru_cache(maxsize=1024)
 def plan_pack(tokens: int, E: int, storage: str, transposed: bool) -> LaunchPlan:
     """Plan of ``spk_attention_pack`` of so many groups of 32 ``tokens``, over all steps and heads."""
     words = _words(E)
@@ -36,6 +39,7 @@ def plan_pack(tokens: int, E: int, storage: str, transposed: bool) -> LaunchPlan
     return LaunchPlan(f"spk_attention_pack_{storage}", _grid(tokens * words), (BLOCK, 1, 1), 0, constants)
 
 
+@lru_cache(maxsize=1024)
 def plan_states(heads: int, E: int, storage: str, is_causal: bool = False) -> LaunchPlan:
     """Plan of ``spk_attention_states``; ``heads`` of all steps."""
     constants = ("kWords", _words(E)), ("kRows", STATE_ROWS), ("kCausal", int(is_causal))
@@ -43,6 +47,7 @@ def plan_states(heads: int, E: int, storage: str, is_causal: bool = False) -> La
     return LaunchPlan(f"spk_attention_states_{storage}", _grid(tasks), (BLOCK, 1, 1), 0, constants)
 
 
+@lru_cache(maxsize=1024)
 def plan_attention(
     direction: str, heads: int, L: int, E: int, storage: str, state_first: bool, is_causal: bool = False
 ) -> LaunchPlan:
@@ -55,6 +60,7 @@ def plan_attention(
     return LaunchPlan(f"spk_attention_{direction}_{storage}", _grid(tasks), (BLOCK, 1, 1), shared, constants)
 
 
+@lru_cache(maxsize=1024)
 def plan_map(heads: int, L: int, S: int, E: int, storage: str, is_causal: bool = False) -> LaunchPlan:
     """Plan of ``spk_attention_map``; the same for any T."""
     groups = 1 << (-(-S // 32) - 1).bit_length()  # a power of two: fewer programs to compile

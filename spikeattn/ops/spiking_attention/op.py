@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from spikeattn import _checks
-from spikeattn._autograd import differentiable
+from spikeattn._autograd import differentiable, direct
 from spikeattn._backends import Backend, resolve_backend, say_once
 from spikeattn.ops.lif.op import lif_backward, lif_forward, lif_kernels_take
 from spikeattn.ops.lif.reference import state_dtype
@@ -168,15 +168,13 @@ def _neuron(
     backend: str,
 ) -> Neuron:
     """A LIF layer from rest on a backend."""
-    rest = torch.full((), 0.0 if v_reset is None else v_reset, dtype=state_dtype(q), device=q.device)
     settings = (q.shape[0], tau, True, v_threshold, v_reset, detach_reset, surrogate, alpha)
 
     def fire(current: Tensor) -> Tensor:
-        return lif_forward(current, rest.expand(current.shape[1:]), None, *settings, False, backend)[0]
+        return lif_forward(current, None, None, *settings, False, backend)[0]
 
     def gradient(grad_spikes: Tensor, current: Tensor) -> Tensor:
-        start, zero = rest.expand(current.shape[1:]), torch.zeros_like(rest).expand(current.shape[1:])
-        return lif_backward(grad_spikes, zero, None, current, start, None, *settings, backend)[0]
+        return lif_backward(grad_spikes, None, None, current, None, None, *settings, backend)[0]
 
     return Neuron(fire, gradient)
 
@@ -265,8 +263,7 @@ def spiking_attention_backward(
     if not (q.numel() and k.numel()):
         return q.new_zeros(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
     masks = (query_padding_mask, key_padding_mask, key_padding_mask)
-    own = (masked(q, query_padding_mask), masked(k, key_padding_mask), masked(v, key_padding_mask))
-    product_grad = None
+    dtype, product_grad = state_dtype(q), None
     if backend == "numba":
         from spikeattn.ops.spiking_attention import cpu
 
@@ -283,12 +280,15 @@ def spiking_attention_backward(
             grad, q, k, v, scale, query_padding_mask, key_padding_mask, order, is_causal,
             tau, v_threshold, v_reset, detach_reset, surrogate, alpha, derivative,
         )  # fmt: skip
+        if q.dtype == torch.bfloat16:  # spikes lose nothing, the gradient is rounded once more: docs/numerics.md
+            dtype = torch.bfloat16
+    own_q, own_k, own_v = (masked(x, mask, dtype) for x, mask in zip((q, k, v), masks, strict=True))
     with exact_sums(q):
         if product_grad is not None:
-            grads = product_backward(product_grad, *own, is_causal)
+            grads = product_backward(product_grad.to(dtype), own_q, own_k, own_v, is_causal)
         else:
             neuron = _neuron(q, tau, v_threshold, v_reset, detach_reset, surrogate, alpha, backend)
-            grads = attend_backward(grad.to(own[0].dtype), *own, scale, fire, order, is_causal, neuron)
+            grads = attend_backward(grad.to(dtype), own_q, own_k, own_v, scale, fire, order, is_causal, neuron)
     grad_q, grad_k, grad_v = (masked(g, mask).to(q.dtype).contiguous() for g, mask in zip(grads, masks, strict=True))
     return grad_q, grad_k, grad_v
 
@@ -338,9 +338,10 @@ def _spikes(ctx, kept: Sequence[Tensor]) -> Sequence[Tensor]:
 def _backward(ctx, grad):
     """Hand over to the registered backward; None for an input that needs no gradient."""
     saved = ctx.saved_tensors  # once: non-reentrant checkpointing allows no second look
-    grads = spiking_attention_backward(grad, *_spikes(ctx, saved[:3]), *saved[3:], *ctx.settings)
+    grads = _attention_backward(grad, *_spikes(ctx, saved[:3]), *saved[3:], *ctx.settings)
     needed = [g if need else None for g, need in zip(grads, ctx.needs_input_grad[:3], strict=True)]
     return (*needed, *(None,) * (3 + len(ctx.settings)))
 
 
+_attention_backward = direct(spiking_attention_backward)
 _attention = differentiable(spiking_attention_forward, _save, _backward, _save_eagerly)

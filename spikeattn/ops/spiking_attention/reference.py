@@ -28,6 +28,10 @@ def product(a: Tensor, b: Tensor, c: Tensor, order: str = "auto", is_causal: boo
     return _causal_state_first(a, b, c) if is_causal else a @ (b.transpose(-1, -2) @ c)
 
 
+# Tokens for each channel up to which a GPU takes a causal gradient by way of the whole map.
+_SHORT = 8
+
+
 def cheaper_order(L: int, S: int, F: int, E: int, is_causal: bool) -> str:
     """The order with fewer multiplications: L S (F + E) map first, (L + S) F E state first."""
     states = (L + S) * F * E + (L * CHUNK * (F + E) if is_causal else 0)
@@ -85,9 +89,9 @@ def exact_sums(x: Tensor) -> AbstractContextManager:
     return nullcontext() if x.device.type == "meta" else torch.autocast(x.device.type, enabled=False)
 
 
-def masked(x: Tensor, padding_mask: Tensor | None) -> Tensor:
-    """``x`` [T, B, H, L, E] in the dtype of the sums, zero at padding [B, L]."""
-    x = x.to(state_dtype(x)).contiguous()  # once: each matrix product would copy it
+def masked(x: Tensor, padding_mask: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
+    """``x`` [T, B, H, L, E] in ``dtype``, or in that of the sums, zero at padding [B, L]."""
+    x = x.to(dtype or state_dtype(x)).contiguous()  # once: each matrix product would copy it
     return x if padding_mask is None else x.masked_fill(padding_mask[:, None, :, None], 0.0)
 
 
@@ -139,7 +143,10 @@ def attend_backward(
 
 def product_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of ``q``, ``k``, ``v`` from that of ``(Q K^T) V``, in the cheaper order."""
-    if cheaper_order(q.shape[-2], k.shape[-2], q.shape[-1], v.shape[-1], is_causal) == "map_first":
+    order = cheaper_order(q.shape[-2], k.shape[-2], q.shape[-1], v.shape[-1], is_causal)
+    if is_causal and q.is_cuda and k.shape[-2] <= _SHORT * q.shape[-1]:
+        order = "map_first"  # a few large products; chunks are many small ones
+    if order == "map_first":
         grad_map, counts = grad @ v.transpose(-1, -2), q @ k.transpose(-1, -2)
         if is_causal:
             grad_map, counts = grad_map.tril(), counts.tril()
