@@ -16,6 +16,7 @@ class DialogueBatch:
         mask: [B, L] bool, True where there is an utterance; each row has at least one and all of them first.
         labels: [B, L] int64, -1 where unknown and at padding; None if there are none.
         ids: Names of the dialogues, for messages.
+        parties: More than the largest index of a speaker; None looks it up, for which a GPU has to be waited.
     """
 
     features: dict[str, Tensor]
@@ -23,6 +24,7 @@ class DialogueBatch:
     mask: Tensor
     labels: Tensor | None = None
     ids: tuple[str, ...] = ()
+    parties: int | None = None
 
     def __post_init__(self) -> None:
         """Check that the parts fit together."""
@@ -37,6 +39,11 @@ class DialogueBatch:
         for name, indices in (("speakers", self.speakers), ("labels", self.labels)):
             if indices is not None and indices.shape != (B, L):
                 raise ValueError(f"DialogueBatch: {name} must be [B, L] = {(B, L)}, got {tuple(indices.shape)}.")
+        on_cpu = self.speakers.device.type == "cpu" and not torch.compiler.is_compiling()
+        if self.parties is not None and on_cpu and self.speakers.numel() and int(self.speakers.max()) >= self.parties:
+            raise ValueError(
+                f"DialogueBatch: speakers must be below parties = {self.parties}, got {self.speakers.max()}."
+            )
 
     def to(self, device: torch.device | str) -> "DialogueBatch":
         """The same batch on ``device``."""

@@ -73,19 +73,21 @@ def advance(
     speakers: Int[Tensor, "M B L"],
     mask: Bool[Tensor, "M B L"],
     state: DialogueState | None = None,
+    parties: int | None = None,
 ) -> tuple[Float[Tensor, "M B L D"], DialogueState]:
     """Emotion states of M cells, cell m on ``u[m]``, which all go from utterance to utterance together.
 
-    Also returned is where they stand after the last one, from which another call with ``state`` goes on.
+    Also returned is where they stand after the last one, from which another call with ``state`` goes on. ``parties`` is
+    more than the largest index of a speaker; None looks it up.
 
     What needs no state, the cells' products with ``u``, is one product for all utterances. The emotion states, which
     nothing else depends on, follow the others.
     """
     M, B, L, D = u.shape
     g, e, p, weighted, total, highest = DialogueState.start(u) if state is None else state
-    parties = max(int(speakers.max()) + 1, p.shape[2])
+    parties = max(int(speakers.max()) + 1 if parties is None else parties, p.shape[2])
     p = nn.functional.pad(p, (0, 0, 0, parties - p.shape[2]))  # who has not spoken yet stands at 0
-    speaking = nn.functional.one_hot(speakers, parties).bool().unsqueeze(-1)  # [M, B, L, P, 1]
+    speaking = (speakers[..., None] == torch.arange(parties, device=u.device)).unsqueeze(-1)  # [M, B, L, P, 1]
 
     def stacked(name: str) -> Tensor:
         return torch.stack([attrgetter(name)(cell) for cell in cells])
@@ -165,10 +167,12 @@ def together(
     speakers: Tensor,
     mask: Tensor,
     state: DialogueState | None = None,
+    parties: int | None = None,
 ) -> tuple[list[Tensor], DialogueState]:
     """What each of ``contexts`` makes of its ``utterances`` [B, L, D]; all directions of all advance at once.
 
-    ``state`` is that of an earlier call with the utterances before, where all contexts read forward only.
+    ``state`` is that of an earlier call with the utterances before, where all contexts read forward only; ``parties``
+    as in `advance`.
     """
     order = reversed_order(mask)  # its own inverse
     wide = order.unsqueeze(-1).expand_as(utterances[0])
@@ -182,7 +186,7 @@ def together(
             inputs.append(u.gather(1, wide))
             speaks.append(speakers.gather(1, order))
     masks = mask.expand(len(cells), *mask.shape)
-    all_states, state = advance(cells, torch.stack(inputs), torch.stack(speaks), masks, state)
+    all_states, state = advance(cells, torch.stack(inputs), torch.stack(speaks), masks, state, parties)
     states, outs = iter(all_states), []
     for context in contexts:
         e = next(states)
@@ -260,13 +264,22 @@ class ModalityEncoders(nn.ModuleDict):
     """The `ModalityEncoder` of each modality, by name; those that are DialogueRNNs go through the dialogue together."""
 
     def forward(
-        self, features: dict[str, Float[Tensor, "B L F"]], speakers: Int[Tensor, "B L"], mask: Bool[Tensor, "B L"]
+        self,
+        features: dict[str, Float[Tensor, "B L F"]],
+        speakers: Int[Tensor, "B L"],
+        mask: Bool[Tensor, "B L"],
+        parties: int | None = None,
     ) -> dict[str, Float[Tensor, "B L D"]]:
-        """``features`` [B, L, F] of every modality that there is to [B, L, D]."""
-        return self.go_on(features, speakers, mask, None)[0]
+        """``features`` [B, L, F] of every modality that there is to [B, L, D]; ``parties`` as in `DialogueBatch`."""
+        return self.go_on(features, speakers, mask, None, parties)[0]
 
     def go_on(
-        self, features: dict[str, Tensor], speakers: Tensor, mask: Tensor, state: DialogueState | None
+        self,
+        features: dict[str, Tensor],
+        speakers: Tensor,
+        mask: Tensor,
+        state: DialogueState | None,
+        parties: int | None = None,
     ) -> tuple[dict[str, Tensor], DialogueState | None]:
         """The same from ``state`` on, if the contexts read forward only, and the state after the last utterance."""
         encoders = {name: cast(ModalityEncoder, self[name]) for name in self if name in features}
@@ -274,7 +287,7 @@ class ModalityEncoders(nn.ModuleDict):
         recurrent = {name: e.context for name, e in encoders.items() if isinstance(e.context, DialogueRNN)}
         if recurrent:
             inputs = [encoded[name] for name in recurrent]
-            outs, state = together(list(recurrent.values()), inputs, speakers, mask, state)
+            outs, state = together(list(recurrent.values()), inputs, speakers, mask, state, parties)
             encoded |= zip(recurrent, outs, strict=True)
         for name, encoder in encoders.items():
             if isinstance(encoder.context, GRUContext):

@@ -87,7 +87,7 @@ class SpikEmo(Pretrained):
         Raises:
             ValueError: A modality is missing from the batch, or its features have another width.
         """
-        encoded = self.encoders(self._checked(batch), batch.speakers, batch.mask)
+        encoded = self.encoders(self._checked(batch), batch.speakers, batch.mask, batch.parties)
         adapted = self._adapt(encoded, batch.mask)
         fused = self.fusion(adapted, None if self.config.published_behaviour else batch.mask)
         return SpikEmoOutput(self.classifier(fused), fused)
@@ -134,7 +134,7 @@ class SpikEmo(Pretrained):
                 f"SpikEmo: step goes on with the dialogues and modalities of the step before, {before[0]} of "
                 f"{list(before[1])}, got {brings[0]} of {list(brings[1])}."
             )
-        encoded, context = self.encoders.go_on(features, batch.speakers, batch.mask, context)
+        encoded, context = self.encoders.go_on(features, batch.speakers, batch.mask, context, batch.parties)
         adapted, dswa = self._adapt_on(encoded, dswa)
         fused, rows = self.fusion.step(adapted, rows)
         return SpikEmoOutput(self.classifier(fused), fused), SpikEmoState(brings, context, dswa, rows)

@@ -31,9 +31,10 @@ from spikemo_model.config import Preset, TrainingConfig, to_dict
 from spikemo_model.data.corpus import Corpus, collate
 from spikemo_model.data.loader import DialogueLoader
 from spikemo_model.evaluation import Scores, predict, score, write_predictions
+from spikemo_model.graphs import GraphedSpikEmo
 from spikemo_model.hub import Origin
 from spikemo_model.losses import LossTerms, spikemo_loss
-from spikemo_model.model import SpikEmo
+from spikemo_model.model import SpikEmo, SpikEmoOutput
 from spikemo_model.runs import open_run, write_json
 
 
@@ -57,6 +58,16 @@ class SpikEmoTask(pl.LightningModule):
         self.training_config = preset.training
         self.model = SpikEmo(preset.model)
         self.valid_f1 = MulticlassF1Score(len(preset.model.classes), average="weighted")
+        self._graphed: GraphedSpikEmo | None = None
+
+    def on_fit_start(self) -> None:
+        """On one GPU the model runs by CUDA graphs."""
+        if self.training_config.cuda_graphs and self.device.type == "cuda" and self.trainer.world_size == 1:
+            self._graphed = None if self.model.config.published_behaviour else GraphedSpikEmo(self.model)
+
+    def on_fit_end(self) -> None:
+        """Give the memory of the graphs back."""
+        self._graphed = None
 
     def on_train_start(self) -> None:
         """Give each process its own dropout; the first keeps that of a single one."""
@@ -71,7 +82,7 @@ class SpikEmoTask(pl.LightningModule):
         Raises:
             TrainingDivergedError: The loss is not finite.
         """
-        logits, fused = self.model(self._some_modalities(batch))
+        logits, fused = self._run(self._some_modalities(batch))
         labels, labelled = self._labelled(batch)
         rows = [logits[labelled], labels, *(x[labelled] for x in fused.values())]
         if self.trainer.world_size > 1:
@@ -94,7 +105,7 @@ class SpikEmoTask(pl.LightningModule):
     def validation_step(self, batch: DialogueBatch, batch_idx: int) -> None:
         """Collect the predictions of a batch."""
         labels, labelled = self._labelled(batch)
-        self.valid_f1.update(self.model(batch).logits[labelled].argmax(-1), labels)
+        self.valid_f1.update(self._run(batch).logits[labelled].argmax(-1), labels)
 
     def on_validation_epoch_end(self) -> None:
         """Weighted F1 of all processes' predictions, in percent."""
@@ -106,10 +117,18 @@ class SpikEmoTask(pl.LightningModule):
         config = self.training_config
         cls = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW
         optimizer = cls(
-            self.parameters(), lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay
+            self.parameters(),
+            lr=config.learning_rate,
+            betas=config.betas,
+            weight_decay=config.weight_decay,
+            fused=self.device.type == "cuda",
         )
         decay = torch.optim.lr_scheduler.StepLR(optimizer, config.lr_decay_epochs, config.lr_decay)
         return {"optimizer": optimizer, "lr_scheduler": decay}
+
+    def _run(self, batch: DialogueBatch) -> SpikEmoOutput:
+        """The model on ``batch``."""
+        return self.model(batch) if self._graphed is None else self._graphed(batch)
 
     def _labelled(self, batch: DialogueBatch) -> tuple[Tensor, Tensor]:
         """Labels [N] of the labelled utterances of a batch, and where they are [B, L]."""
@@ -261,10 +280,10 @@ def train(
     open_run(run_dir, preset)
     pl.seed_everything(preset.training.seed, verbose=False)
     task = SpikEmoTask(preset, class_shares(corpus))
-    rates_before = _rates(task.model, corpus)
     bar = progress and sys.stderr.isatty()
     history = History(announce=progress and not bar)
     trainer, best = _trainer(preset.training, run_dir, history, accelerator, bar, save_every)
+    rates_before = _rates(task.to(trainer.strategy.root_device).model, corpus)
     size, process = preset.training.batch_size, (trainer.global_rank, trainer.world_size)
     train_loader = DialogueLoader(corpus.splits["train"], size, preset.training.seed, *process)
     valid_loader = DialogueLoader(corpus.splits["valid"], size, None, *process)

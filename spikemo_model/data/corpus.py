@@ -185,12 +185,14 @@ def collate(dialogues: Sequence[Conversation]) -> DialogueBatch:
     speakers = torch.zeros(B, L, dtype=torch.long)
     labels = torch.full((B, L), -1)
     features = {name: torch.zeros(B, L, x.shape[1]) for name, x in dialogues[0].features.items()}
+    parties = 1
     for b, dialogue in enumerate(dialogues):
         n = len(dialogue)
         order = {name: i for i, name in enumerate(dict.fromkeys(dialogue.speakers))}  # by first appearance
+        parties = max(parties, len(order))
         mask[b, :n] = True
         speakers[b, :n] = torch.tensor([order[name] for name in dialogue.speakers])
         labels[b, :n] = dialogue.labels
         for name, x in dialogue.features.items():
             features[name][b, :n] = x
-    return DialogueBatch(features, speakers, mask, labels, tuple(d.id for d in dialogues))
+    return DialogueBatch(features, speakers, mask, labels, tuple(d.id for d in dialogues), parties)
