@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.suites.model import MELD, PeerContext, PeerEncoders, make_batch, tiny
+from benchmarks.suites.model import DIALOGUES, MELD, PeerContext, PeerEncoders, make_batch, tiny
 from spikeattn import EventLinear
 from spikemo_model import DialogueBatch, SpikEmo
 from spikemo_model.config import Preset
@@ -106,7 +106,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="size 1")
     parser.add_argument("--rounds", type=int, default=5, help="measured calls of each part")
     options = parser.parse_args()
-    preset, lengths = tiny() if options.quick else MELD()
+    preset, lengths = (tiny if options.quick else MELD)(DIALOGUES["cpu"])
     torch.manual_seed(0)
     model, batch = SpikEmo(preset.model), make_batch(preset.model, lengths)
     rounds = 1 if options.quick else options.rounds

@@ -15,12 +15,14 @@ class Contender:
         forward: Runs inference.
         training: Runs forward and backward; returns nothing. None where there is only inference.
         output: Of one forward pass with gradients, so that what is kept for the backward can be counted.
+        counts_memory: Whether its peak can be seen; the memory of a CUDA graph was taken when it was captured.
     """
 
     name: str
     forward: Callable[[], object]
     training: Callable[[], object] | None = None
     output: Callable[[], Tensor] | None = None
+    counts_memory: bool = True
 
 
 @dataclass(frozen=True)

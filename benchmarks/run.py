@@ -27,7 +27,9 @@ from benchmarks.suites import SUITES
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PACKAGES = ("spikeattn", "torch", "spikingjelly", "numba", "cupy-cuda12x", "snntorch", "norse", "numpy")
+PACKAGES = ("spikeattn", "torch", "spikingjelly", "numba", "cupy-cuda12x", "cupy-cuda13x", "triton", "snntorch")
+PACKAGES += ("norse", "numpy")
+CUDA_TESTS = "tests/cuda/test_device.py"  # of every kernel
 
 
 def main() -> None:
@@ -41,7 +43,8 @@ def main() -> None:
     options = parser.parse_args()
     suites = [SUITES[name] for name in options.suite or SUITES]
     if not options.quick:
-        _run_tests([test for suite in suites for test in suite.tests])
+        tests = [test for suite in suites for test in suite.tests]
+        _run_tests([CUDA_TESTS, "-k", "not sanitizer"] if options.device == "cuda" else tests)
     machine = machine_facts(options.device)
     path = options.out or RESULTS / f"{machine['name']}.json"
     results = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"suites": {}}
@@ -52,10 +55,10 @@ def main() -> None:
             rows.append(measure(make(), options.device, 0.0 if options.quick else options.seconds))
             print(row_summary(rows[-1]), flush=True)
         results["suites"][suite.name] = {"machine": machine, "rows": rows}
-    if not options.quick:
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-        print(f"written: {path}")
+        if not options.quick:  # after each, so that a run that is stopped leaves what it has measured
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+            print(f"written: {path}")
 
 
 def _run_tests(tests: list[str]) -> None:
@@ -77,6 +80,7 @@ def machine_facts(device: str) -> dict[str, object]:
         "python": platform.python_version(),
         "versions": {name: found for name in PACKAGES if (found := _version(name))},
         "cuda": torch.version.cuda,
+        "driver": _driver() if device == "cuda" else None,
         "commit": commit.strip(),
         "copy_bytes_per_s": copy_bandwidth(device),
     }
@@ -87,6 +91,12 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+def _driver() -> str:
+    """Version of the GPU's driver."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    return subprocess.run(command, capture_output=True, text=True).stdout.split("\n")[0]
 
 
 def _cpu_name() -> str:

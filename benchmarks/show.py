@@ -19,7 +19,8 @@ Ours and one peer are timed alternately in one process on the same inputs, one p
 the medians of such a pair; above 1 ours is faster. A time is the median, with the 20th and 80th percentile in brackets;
 compilation and warm-up are left out, the first call that holds them stands below the tables. *kept* is what autograd
 holds for the backward, *peak* the most memory in use beyond what was in use before; after a peer's ratio the same two,
-in MB. Results on a GPU: not measured."""
+in MB. A GPU is timed with the host a millisecond ahead, as it is in the middle of a training step; how long the host
+itself takes for a call stands below the tables."""
 KINDS = {"forward": "forward (inference)", "training": "forward + backward"}
 
 
@@ -58,6 +59,9 @@ def _section(machine: str, suite: str, measured: dict[str, Any]) -> str:
         if all(kind in row for row in rows):
             lines.append(f"**{title}**\n\n" + _table(rows, kind, facts["copy_bytes_per_s"]))
     lines.append(f"First calls, the longest of each: {_first_calls(rows)}.")
+    for kind, title in KINDS.items():
+        if all(row.get("host_s", {}).get(kind) for row in rows):
+            lines.append(f"Time of the host for a call, {title}, the shortest of each: {_host_times(rows, kind)}.")
     absent = dict.fromkeys(pair for row in rows for pair in row["absent"].items())
     lines += [f"{name}: not everywhere; {reason}." for name, reason in absent]
     figure = f"{machine}-{suite}.svg"
@@ -74,6 +78,15 @@ def _first_calls(rows: Sequence[Row]) -> str:
             for name, times in row.get(kind, {}).items():
                 longest[name] = max(longest.get(name, 0.0), times["first_s"])
     return ", ".join(f"{name} {seconds:.1f} s" for name, seconds in longest.items())
+
+
+def _host_times(rows: Sequence[Row], kind: str) -> str:
+    """The shortest call of each contender as the host sees it, which launches and does not wait."""
+    shortest: dict[str, float] = {}
+    for row in rows:
+        for name, seconds in row["host_s"][kind].items():
+            shortest[name] = min(shortest.get(name, math.inf), seconds)
+    return ", ".join(f"{name} {1e3 * seconds:.2f} ms" for name, seconds in shortest.items())
 
 
 def _table(rows: Sequence[Row], kind: str, bandwidth: float) -> str:

@@ -13,8 +13,9 @@ from spikeattn import SpikingTransformerBlock
 from spikeattn.nn.projection import SpikingLinear
 
 TAU = 2.0
-# T, B, L, D, heads: SpikEmo's, Spikformer's on CIFAR and on ImageNet.
+# T, B, L, D, heads: SpikEmo's, Spikformer's on CIFAR and on ImageNet; a GPU takes 8 times the batch.
 SIZES = {"spikemo": (32, 16, 24, 256, 8), "cifar": (4, 8, 64, 384, 12), "imagenet": (4, 2, 196, 512, 8)}
+_LARGER = {"cpu": 1, "cuda": 8}
 
 
 class PeerBlock(nn.Module):
@@ -65,6 +66,7 @@ def cases(device: str, quick: bool) -> CaseMakers:
 
 def _case(name: str, T: int, B: int, L: int, D: int, heads: int, low: bool, device: str) -> Case:
     torch.manual_seed(0)
+    B *= _LARGER[device]
     x = torch.randn(T, B, L, D, device=device)
     ours = SpikingTransformerBlock(D, heads, tau=TAU).to(device)
     peer = PeerBlock(ours, L).to(device)

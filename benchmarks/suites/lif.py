@@ -1,5 +1,6 @@
 """LIF over T steps of N neurons: ours, SpikingJelly's, snnTorch's, norse's, and torch.compile of the loop."""
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -12,27 +13,30 @@ from spikeattn import ATan
 
 TAU = 2.0
 STEPS = (1, 4, 16, 32, 128, 512)
-NEURONS = 2**18
-_MOST_ELEMENTS = 2**25  # of one tensor, on a CPU
+# By device: neurons, and elements of a tensor at most. On a GPU so many that memory and not the launch is the roof.
+NEURONS = {"cpu": 2**18, "cuda": 2**22}
+_MOST_ELEMENTS = {"cpu": 2**25, "cuda": 2**28}
 
 
 def cases(device: str, quick: bool) -> CaseMakers:
     """One case a T and storage type."""
-    sizes = [(2, 64)] if quick else [(T, min(NEURONS, _MOST_ELEMENTS // T)) for T in STEPS]
+    sizes = [(2, 64)] if quick else [(T, min(NEURONS[device], _MOST_ELEMENTS[device] // T)) for T in STEPS]
     return [partial(_case, T, N, dtype, device) for dtype in (torch.float32, torch.bfloat16) for T, N in sizes]
 
 
 def _case(T: int, N: int, dtype: torch.dtype, device: str) -> Case:
     x = torch.randn(T, N, device=device).mul_(2).to(dtype)
     ours = OurLIF(TAU, surrogate_function=ATan(), detach_reset=True)
-    models, absent = peers.available(
-        {
-            "SpikingJelly 2.0.0": lambda: peers.spikingjelly_lif(TAU),
-            "torch.compile of the loop": lambda: peers.compiled_loop(TAU),
-            "snnTorch": lambda: peers.snntorch_lif(TAU),
-            "norse": lambda: peers.norse_lif(TAU),
-        }
-    )
+    makers: dict[str, Callable[[], peers.Model]] = {
+        "SpikingJelly 2.0.0": lambda: peers.spikingjelly_lif(TAU),
+        "torch.compile of the loop": lambda: peers.compiled_loop(TAU),
+        "snnTorch": lambda: peers.snntorch_lif(TAU),
+        "norse": lambda: peers.norse_lif(TAU),
+    }
+    if device == "cuda" and dtype != torch.float32:
+        makers["SpikingJelly 2.0.0, fused, float32 state"] = lambda: peers.spikingjelly_fused(TAU, False)
+        makers["SpikingJelly 2.0.0, fused, 16-bit state"] = lambda: peers.spikingjelly_fused(TAU, True)
+    models, absent = peers.available(makers)
     if T > 16 and "torch.compile of the loop" in models:
         del models["torch.compile of the loop"]
         absent["torch.compile of the loop"] = "unrolls the loop: compiling T > 16 takes minutes"

@@ -1,8 +1,12 @@
-"""A training step of the whole SpikEmo: ours, and the same model from SpikingJelly's and PyTorch's parts."""
+"""A training step of the whole SpikEmo: ours, and the same model from SpikingJelly's and PyTorch's parts.
+
+On a GPU ours runs by CUDA graphs, as training does; ours without them is listed, too.
+"""
 
 import copy
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +19,9 @@ from spikemo_model import DialogueBatch, SpikEmo
 from spikemo_model.config import DSWAConfig, ModalityConfig, Preset, SpikEmoConfig, TrainingConfig, iemocap, meld
 from spikemo_model.context import DialogueCell, DialogueRNN, ModalityEncoder
 from spikemo_model.data.meld import read_meld
+from spikemo_model.graphs import GraphedSpikEmo
 from spikemo_model.losses import spikemo_loss
+from spikemo_model.model import SpikEmoOutput
 
 
 class PeerCell(nn.Module):
@@ -25,9 +31,8 @@ class PeerCell(nn.Module):
         super().__init__()
         self.cell = ours
 
-    def forward(self, u: Tensor, speakers: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, u: Tensor, speakers: Tensor, mask: Tensor, parties: int) -> Tensor:
         B, L, D = u.shape
-        parties = int(speakers.max()) + 1
         speaking = nn.functional.one_hot(speakers, parties).bool().unsqueeze(-1)
         g = e = u.new_zeros(B, D)
         p, past, states = u.new_zeros(B, parties, D), [], []
@@ -55,13 +60,13 @@ class PeerContext(nn.Module):
         self.ahead, self.merge, self.dropout = PeerCell(ours.forward_cell), ours.merge, ours.dropout
         self.back = PeerCell(ours.reverse_cell) if ours.reverse_cell is not None else None
 
-    def forward(self, u: Tensor, speakers: Tensor, mask: Tensor) -> Tensor:
-        e = self.ahead(u, speakers, mask)
+    def forward(self, u: Tensor, speakers: Tensor, mask: Tensor, parties: int) -> Tensor:
+        e = self.ahead(u, speakers, mask, parties)
         if self.back is not None:
             position = torch.arange(u.shape[1], device=u.device).expand_as(mask)
             order = torch.where(mask, mask.sum(1, keepdim=True) - 1 - position, position)
             wide = order.unsqueeze(-1).expand_as(u)
-            reverse = self.back(u.gather(1, wide), speakers.gather(1, order), mask).gather(1, wide)
+            reverse = self.back(u.gather(1, wide), speakers.gather(1, order), mask, parties).gather(1, wide)
             e = self.merge(torch.cat([e, reverse * mask.unsqueeze(-1)], dim=-1))
         return torch.relu(self.dropout(e))
 
@@ -69,12 +74,12 @@ class PeerContext(nn.Module):
 class PeerEncoders(nn.ModuleDict):
     """`ModalityEncoders`, one modality after another."""
 
-    def forward(self, features: dict[str, Tensor], speakers: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    def forward(self, features: dict[str, Tensor], speakers: Tensor, mask: Tensor, parties: int) -> dict[str, Tensor]:
         encoded = {}
         for name, encoder in self.items():
             encoded[name] = encoder.project(features[name])
             if encoder.context is not None:
-                encoded[name] = encoder.context(encoded[name], speakers, mask)
+                encoded[name] = encoder.context(encoded[name], speakers, mask, parties)
         return encoded
 
 
@@ -97,31 +102,31 @@ def peer_of(ours: SpikEmo, tokens: int) -> SpikEmo:
     peer.encoders = PeerEncoders(encoders)
     for dswa in peer.dswa.values():
         dswa.blocks = PeerBlocks(*(PeerBlock(block, tokens) for block in dswa.blocks.blocks))
-    return peer
+    return peer.to(next(ours.parameters()).device)
 
 
-Sized = tuple[Preset, tuple[int, ...]]
+Sized = tuple[Preset, tuple[int, ...]]  # of so many dialogues
 
 
-def tiny() -> Sized:
+def tiny(dialogues: int) -> Sized:
     """Size 1."""
     widths = {"text": ModalityConfig(8, "none"), "audio": ModalityConfig(6, "bidirectional")}
     return Preset(SpikEmoConfig(widths, dim=16, dswa=DSWAConfig(time_steps=2)), TrainingConfig()), (3, 2)
 
 
-def MELD() -> Sized:
-    """The published configuration, and 16 training dialogues, neighbours by length as `DialogueLoader` batches them."""
+def MELD(dialogues: int) -> Sized:
+    """The published configuration, and training dialogues of similar length, as `DialogueLoader` batches them."""
     root = os.environ.get("SPIKEMO_DATA")
     if root is None:
         raise SystemExit("error: set SPIKEMO_DATA to the folder that holds meld/: the lengths of dialogues are MELD's.")
     lengths = sorted(len(dialogue) for dialogue in read_meld(Path(root) / "meld").splits["train"])
-    middle = len(lengths) * 3 // 4
-    return meld(), tuple(lengths[middle - 8 : middle + 8])
+    first = len(lengths) * 3 // 4 - dialogues // 2
+    return meld(), tuple(lengths[first : first + dialogues])
 
 
-def IEMOCAP() -> Sized:
-    """The published configuration, and dialogues of made-up lengths with IEMOCAP's mean, 49 utterances."""
-    return iemocap(), (64, 52, 46, 34)
+def IEMOCAP(dialogues: int) -> Sized:
+    """The published configuration, and a quarter of the dialogues, of made-up lengths with IEMOCAP's mean, 49."""
+    return iemocap(), (64, 52, 46, 34) * (dialogues // 16)
 
 
 def make_batch(config: SpikEmoConfig, lengths: tuple[int, ...]) -> DialogueBatch:
@@ -133,7 +138,11 @@ def make_batch(config: SpikEmoConfig, lengths: tuple[int, ...]) -> DialogueBatch
         torch.randint(0, 3, (B, L)),
         mask,
         torch.randint(0, len(config.classes), (B, L)).masked_fill(~mask, -1),
+        parties=3,
     )
+
+
+DIALOGUES = {"cpu": 16, "cuda": 64}  # a batch of MELD's
 
 
 def cases(device: str, quick: bool) -> CaseMakers:
@@ -142,29 +151,43 @@ def cases(device: str, quick: bool) -> CaseMakers:
     return [partial(_case, size, device, low) for low in (False, True) for size in sizes]
 
 
-def _case(size: Callable[[], Sized], device: str, low: bool) -> Case:
+def _case(size: Callable[[int], Sized], device: str, low: bool) -> Case:
     torch.manual_seed(0)
-    preset, lengths = size()
+    preset, lengths = size(DIALOGUES[device])
     config, B, L = preset.model, len(lengths), max(lengths)
     batch = make_batch(config, lengths).to(device)
     ours = SpikEmo(config).to(device)
     T = config.dswa.time_steps if config.dswa else 1
     dtype = "bfloat16" if low else "float32"
+    autocast = device if low else None
+    own = _contender("spikeattn", ours, batch, preset, autocast)
+    peers = [_contender("SpikingJelly 2.0.0's parts, float32", peer_of(ours, L), batch, preset, None)]
+    if device == "cuda":
+        peers.append(replace(own, name="spikeattn without CUDA graphs"))
+        own = _contender("spikeattn", ours, batch, preset, autocast, GraphedSpikEmo(ours))
     return Case(
         name=f"{size.__name__}: {B} dialogues, {sum(lengths)} utterances, L={L}, T={T}, {dtype}",
         sizes={"B": B, "L": L, "T": T, "dtype": dtype},
-        ours=_contender("spikeattn", ours, batch, preset, device if low else None),
-        peers=[_contender("SpikingJelly 2.0.0's parts, float32", peer_of(ours, L), batch, preset, None)],
+        ours=own,
+        peers=peers,
         items=(B, "dialogues"),
     )
 
 
-def _contender(name: str, model: SpikEmo, batch: DialogueBatch, preset: Preset, autocast: str | None) -> Contender:
+def _contender(
+    name: str,
+    model: SpikEmo,
+    batch: DialogueBatch,
+    preset: Preset,
+    autocast: str | None,
+    graphed: GraphedSpikEmo | None = None,
+) -> Contender:
     """Inference, and a training step without the optimiser's."""
+    call = graphed or model
 
-    def loss() -> Tensor:
+    def loss(call: Callable[[DialogueBatch], SpikEmoOutput] = call) -> Tensor:
         with torch.autocast(autocast or "cpu", torch.bfloat16, enabled=autocast is not None):
-            logits, fused = model(batch)
+            logits, fused = call(batch)
         by_modality = {modality: x[batch.mask].float() for modality, x in fused.items()}
         return spikemo_loss(
             logits[batch.mask].float(), by_modality, batch.labels[batch.mask], preset.training.loss
@@ -176,9 +199,9 @@ def _contender(name: str, model: SpikEmo, batch: DialogueBatch, preset: Preset, 
 
     def forward() -> Tensor:
         with torch.no_grad(), torch.autocast(autocast or "cpu", torch.bfloat16, enabled=autocast is not None):
-            return model(batch).logits
+            return call(batch).logits
 
-    return Contender(name, forward, training, loss)
+    return Contender(name, forward, training, partial(loss, model), counts_memory=graphed is None)
 
 
 MODEL = Suite("model", ["tests/model/test_model.py", "tests/model/test_parts.py"], cases)

@@ -11,12 +11,12 @@ from benchmarks.suites import peers
 from spikeattn import ATan, norm_lif
 
 TAU, T, WIDTH = 2.0, 32, 256
-ROWS = (384, 12_288)
+ROWS = {"cpu": (384, 12_288), "cuda": (12_288, 393_216)}  # a dialogue and a batch, a batch and 32 of them
 
 
 def cases(device: str, quick: bool) -> CaseMakers:
     """SpikEmo's tokens: few, as in one dialogue, and many, as in a batch; ``rows`` counts T, too."""
-    sizes = [(2, 4, 16)] if quick else [(T, rows, WIDTH) for rows in ROWS]
+    sizes = [(2, 4, 16)] if quick else [(T, rows, WIDTH) for rows in ROWS[device]]
     return [partial(_case, *size, dtype, device) for dtype in (torch.float32, torch.bfloat16) for size in sizes]
 
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from spikingjelly.activation_based import neuron, surrogate
+from spikingjelly.activation_based import functional, neuron, surrogate
 from torch import Tensor
 
 from spikeattn import ATan
@@ -20,6 +20,22 @@ def spikingjelly_lif(tau: float) -> Model:
     def run(x: Tensor) -> Tensor:
         node.reset()
         return node(x)
+
+    return run
+
+
+def spikingjelly_fused(tau: float, low_state: bool) -> Model:
+    """SpikingJelly 2.0.0's fused kernel for 16-bit inputs, which its module does not reach.
+
+    ``low_state`` is its low-precision profile, potentials in the dtype of the input; else they are float32, as ours.
+    """
+    fire = surrogate.ATan()
+
+    def run(x: Tensor) -> Tensor:
+        v = torch.zeros(x.shape[1:], device=x.device)
+        options = {"neuron_storage": x.dtype} if low_state else {}
+        v = v.to(x.dtype) if low_state else v
+        return functional.lif_multi_step(x, v, tau, surrogate_function=fire, detach_reset=True, **options)[0]
 
     return run
 
