@@ -1,5 +1,7 @@
 """Conversations that are classified as they go on."""
 
+from dataclasses import replace
+
 import torch
 
 from spikemo_model.conversation import ConversationError, Utterance
@@ -58,7 +60,7 @@ class LiveConversation:
             )
         batch = collate([prepare([utterance], self.model.config, self.model.origin)])
         number = self._speakers.setdefault(utterance.speaker, len(self._speakers))
-        batch.speakers.fill_(number)
+        batch = replace(batch, speakers=torch.full_like(batch.speakers, number), parties=number + 1)
         with torch.no_grad():
             (logits, _), self._state = self.model.step(batch.to(next(self.model.parameters()).device), self._state)
         return dict(zip(self.model.config.classes, logits[0, 0].softmax(-1).tolist(), strict=True))
