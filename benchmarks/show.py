@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
+from benchmarks import pictures
+from benchmarks.pictures import KINDS, Row, ratio
 
 ROOT = Path(__file__).parent.parent
 PAGE, PLOTS = ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "benchmarks"
 
-Row = dict[str, Any]
 _INTRODUCTION = """# Benchmarks
 
 Written by `python -m benchmarks.show` from `benchmarks/results/`; numbers are measured by `python -m benchmarks.run`.
@@ -21,7 +21,6 @@ compilation and warm-up are left out, the first call that holds them stands belo
 holds for the backward, *peak* the most memory in use beyond what was in use before; after a peer's ratio the same two,
 in MB. A GPU is timed with the host a millisecond ahead, as it is in the middle of a training step; how long the host
 itself takes for a call stands below the tables."""
-KINDS = {"forward": "forward (inference)", "training": "forward + backward"}
 
 
 def row_summary(row: Row) -> str:
@@ -31,7 +30,7 @@ def row_summary(row: Row) -> str:
         if kind not in row:
             continue
         ours = row[kind][row["ours"]]["median_s"]
-        peers = [f"{name} {_ratio(row, kind, name):.2f}x" for name in row[kind] if name != row["ours"]]
+        peers = [f"{name} {ratio(row, kind, name):.2f}x" for name in row[kind] if name != row["ours"]]
         parts.append(f"{kind} {1e3 * ours:.2f} ms ({', '.join(peers)})")
     return f"{row['case']}: {'; '.join(parts)}"
 
@@ -50,10 +49,11 @@ def _section(machine: str, suite: str, measured: dict[str, Any]) -> str:
     """Heading, machine, one table for each kind, and the plot of a suite."""
     facts, rows = measured["machine"], measured["rows"]
     versions = ", ".join(f"{name} {found}" for name, found in facts["versions"].items())
+    device = " --device cuda" if facts.get("driver") else ""
     lines = [
         f"## {suite}, {facts['device']}",
         f"{facts['date']}, commit {facts['commit']}; {versions}; copies {facts['copy_bytes_per_s'] / 1e9:.1f} GB/s. "
-        f"`python -m benchmarks.run --suite {suite}`",
+        f"`python -m benchmarks.run --suite {suite}{device}`",
     ]
     for kind, title in KINDS.items():
         if all(kind in row for row in rows):
@@ -64,9 +64,17 @@ def _section(machine: str, suite: str, measured: dict[str, Any]) -> str:
             lines.append(f"Time of the host for a call, {title}, the shortest of each: {_host_times(rows, kind)}.")
     absent = dict.fromkeys(pair for row in rows for pair in row["absent"].items())
     lines += [f"{name}: not everywhere; {reason}." for name, reason in absent]
-    figure = f"{machine}-{suite}.svg"
-    _plot(rows, suite, PLOTS / figure)
-    lines.append(f"![Speed of {suite} beside its peers](benchmarks/{figure})")
+    for name, what, draw in (
+        ("", f"Speed of {suite} beside its peers", pictures.speed_ups),
+        ("-throughput", f"Throughput of {suite} against T, and the roof of memory", pictures.throughput),
+        ("-memory", f"Memory of {suite} beside its peers", pictures.memory),
+    ):
+        figure = draw(rows, facts["copy_bytes_per_s"])
+        if figure is not None:
+            file = f"{machine}-{suite}{name}.svg"
+            PLOTS.mkdir(parents=True, exist_ok=True)
+            figure.savefig(PLOTS / file, metadata={"Date": None})
+            lines.append(f"![{what}](benchmarks/{file})")
     return "\n\n".join(lines)
 
 
@@ -106,12 +114,12 @@ def _table(rows: Sequence[Row], kind: str, bandwidth: float) -> str:
             *_memory(row, kind, row["ours"]),
         ]
         for peer in peers:
-            ratio = _ratio(row, kind, peer)
-            cells.append(f"{ratio:.2f} ({'; '.join(_memory(row, kind, peer))})" if ratio else "-")
+            times = ratio(row, kind, peer)
+            cells.append(f"{times:.2f} ({'; '.join(_memory(row, kind, peer))})" if times else "-")
         body.append(cells)
     for dtype in dict.fromkeys(row["sizes"]["dtype"] for row in rows):
         own = [row for row in rows if row["sizes"]["dtype"] == dtype]
-        means = [geometric_mean([r for row in own if (r := _ratio(row, kind, peer))]) for peer in peers]
+        means = [geometric_mean([r for row in own if (r := ratio(row, kind, peer))]) for peer in peers]
         body.append([f"geometric mean, {dtype}", "", "", "", "", *(f"{m:.2f}" if m else "-" for m in means)])
     lines = [head, ["---"] * len(head), *body]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -123,34 +131,9 @@ def _memory(row: Row, kind: str, name: str) -> tuple[str, str]:
     return "-" if kept is None else f"{kept / 1e6:.1f}", "-" if peak is None else f"{peak / 1e6:.1f}"
 
 
-def _ratio(row: Row, kind: str, peer: str) -> float | None:
-    """Median time of the peer over ours beside it; None where it did not run."""
-    return row[kind][peer]["median_s"] / row[kind][peer]["ours_s"] if peer in row[kind] else None
-
-
 def geometric_mean(values: Sequence[float]) -> float | None:
     """None of nothing."""
     return math.exp(sum(map(math.log, values)) / len(values)) if values else None
-
-
-def _plot(rows: Sequence[Row], suite: str, path: Path) -> None:
-    """Speed-up over each peer, case by case; 1 is as fast as ours."""
-    kinds = {kind: title for kind, title in KINDS.items() if all(kind in row for row in rows)}
-    figure = Figure(figsize=(9, 1.5 + 0.42 * len(rows)), layout="constrained")
-    panels = figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0]
-    for axes, (kind, title) in zip(panels, kinds.items(), strict=True):
-        peers = list(dict.fromkeys(name for row in rows for name in row[kind] if name != row["ours"]))
-        height = 0.8 / max(1, len(peers))
-        for i, peer in enumerate(peers):
-            places = [y + i * height - 0.4 for y in range(len(rows))]
-            axes.barh(places, [_ratio(row, kind, peer) or 0 for row in rows], height, align="edge", label=peer)
-        axes.axvline(1, color="black", linewidth=0.8)
-        axes.set_yticks(range(len(rows)), [row["case"] for row in rows])
-        axes.set(title=title, xlabel=f"time of the peer / time of ours, {suite}")
-        axes.legend(fontsize="small")
-    figure.axes[0].invert_yaxis()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, metadata={"Date": None})
 
 
 if __name__ == "__main__":
