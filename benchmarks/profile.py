@@ -58,11 +58,13 @@ def parts(model: SpikEmo, batch: DialogueBatch, preset: Preset, rounds: int) -> 
 
         return seconds(run, rounds)
 
-    encoded = model.encoders(batch.features, batch.speakers, batch.mask)
+    encoded = model.encoders(batch.features, batch.speakers, batch.mask, batch.parties)
     adapted = model._adapt(encoded, batch.mask)
     return {
         "whole step": seconds(step, rounds),
-        "context (DialogueRNN)": alone(lambda x: model.encoders(x, batch.speakers, batch.mask), batch.features),
+        "context (DialogueRNN)": alone(
+            lambda x: model.encoders(x, batch.speakers, batch.mask, batch.parties), batch.features
+        ),
         "DSWA (spiking transformer)": alone(lambda x: model._adapt(x, batch.mask), encoded),
         "fusion (MultiAttn)": alone(lambda x: model.fusion(x, batch.mask), adapted),
         **_operations(step),
