@@ -1,7 +1,9 @@
-"""The folder of a run: its configuration, and files that are whole or not there."""
+"""Runs: the configuration in their folder, files that are whole or not there, and workers that end with them."""
 
 import json
 import os
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -52,3 +54,14 @@ def write_json(path: Path, values: Any) -> None:
     """Write ``values`` to ``path``, which appears complete or not at all."""
     text = json.dumps(values, ensure_ascii=False, indent=1)
     replace_atomically(path, lambda file: file.write(text.encode("utf-8")))
+
+
+def leave_with(parent: int) -> None:
+    """End this process soon after its ``parent`` has, which when killed could not tell it to."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

@@ -19,7 +19,7 @@ from spikemo_model.experiment import quiet_lightning
 from spikemo_model.experiments.cells import Cell
 from spikemo_model.experiments.gate import Gate, measure_gate
 from spikemo_model.model import SpikEmo
-from spikemo_model.runs import open_run, write_json
+from spikemo_model.runs import leave_with, open_run, write_json
 from spikemo_model.training import train
 
 
@@ -92,7 +92,7 @@ def run_cells(
         places = context.SimpleQueue()
         for i in range(workers):
             places.put(devices[i % len(devices)] if devices else None)
-        with ProcessPoolExecutor(workers, context, _start, (places,)) as pool:
+        with ProcessPoolExecutor(workers, context, _start, (places, os.getpid())) as pool:
             futures = {
                 pool.submit(_run, out / "data", preset, run_dir, accelerator): (cell.name, seed, run_dir)
                 for cell, seed, preset, run_dir in waiting
@@ -150,8 +150,9 @@ def _devices(accelerator: str) -> list[str]:
     return named.split(",") if named else [str(i) for i in range(torch.cuda.device_count())]
 
 
-def _start(places: Any) -> None:
-    """Make this process one of several: one thread, or one GPU."""
+def _start(places: Any, parent: int) -> None:
+    """Make this process one of several, which ends with its ``parent``: one thread, or one GPU."""
+    leave_with(parent)
     device = places.get()
     if device is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = device

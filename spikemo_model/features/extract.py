@@ -24,7 +24,8 @@ from spikemo_model.features.clips import read_release
 from spikemo_model.features.media import attempt
 from spikemo_model.features.text import DEFAULT_ENCODER, ContextEncoder
 from spikemo_model.features.visual import DEFAULT_FACE_ENCODER, FaceEncoder, faces
-from spikemo_model.features.work import Parts, claim, describe, lasting, leave_with
+from spikemo_model.features.work import Parts, claim, describe, lasting
+from spikemo_model.runs import leave_with
 
 MODALITIES = ("text", "audio", "visual")
 CLIPS = "clips.csv"

@@ -1,9 +1,6 @@
 """Work that can be killed and taken up again: settings that must agree, and finished parts on disk."""
 
 import json
-import os
-import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -33,17 +30,6 @@ def claim(folder: Path, settings: dict[str, Any]) -> None:
             )
     else:
         write_json(path, settings)
-
-
-def leave_with(parent: int) -> None:
-    """End this process soon after its ``parent`` has, which when killed could not tell it to."""
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def lasting(encoder: str) -> str:

@@ -3,8 +3,13 @@
 import json
 import os
 import re
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -191,3 +196,20 @@ def test_the_command_runs_side_by_side_resumes_and_refuses_what_differs(corpus, 
     moved = invoke(*options, "--data-dir", tmp_path / "second")
     assert moved.exit_code == 1
     assert "holds an experiment on other data" in moved.output
+
+
+def test_a_killed_experiment_leaves_no_worker(tmp_path):
+    save_corpus(replace(synthetic_corpus(30), name="MELD"), tmp_path / "data")
+    command = [sys.executable, "-m", "spikemo_model", "experiment", "compare", "--data-dir", str(tmp_path / "data")]
+    command += ["--epochs", "500", "--workers", "1", "--accelerator", "cpu", "--out", str(tmp_path / "out")]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "out").rglob("last.ckpt")) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    assert workers
+    process.kill()
+    assert process.wait() == -signal.SIGKILL, process.stderr.read().decode()
+    while any(Path(f"/proc/{pid}/cmdline").exists() for pid in workers) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not [pid for pid in workers if Path(f"/proc/{pid}/cmdline").exists()], "workers outlive their parent"
