@@ -1,7 +1,6 @@
 """Launch plans of the CUDA kernels and the calls that allocate their outputs. Layout and bytes: ``README.md``."""
 
 from functools import lru_cache
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +19,8 @@ from spikeattn._cuda.neuron import (
 )
 from spikeattn._cuda.source import Program
 from spikeattn._leak import leak
+
+Planned = tuple[LaunchPlan, Program]
 
 ELEMENT_BYTES = {"f32": 4, "f16": 2, "bf16": 2}
 
@@ -62,8 +63,8 @@ def _grid(N: int, vector: int) -> tuple[int, int, int]:
 
 @lru_cache(maxsize=1024)
 def _forward_program(
-    T: int, N: int, storage: str, aligned: bool, packed: bool, options: Constants, *neuron: Any
-) -> tuple[LaunchPlan, Program]:
+    T: int, N: int, storage: str, aligned: bool, packed: bool, options: Constants, neuron: tuple
+) -> Planned:
     plan = plan_lif_forward(T, N, storage, aligned, packed)
     return plan, Program("lif", "forward", storage, plan.constants + options + neuron_constants(*neuron) + NO_GRADIENT)
 
@@ -71,7 +72,7 @@ def _forward_program(
 @lru_cache(maxsize=1024)
 def _backward_program(
     T: int, N: int, storage: str, aligned: bool, options: Constants, neuron: tuple, gradient: tuple
-) -> tuple[LaunchPlan, Program]:
+) -> Planned:
     plan = plan_lif_backward(T, N, storage, aligned)
     constants = plan.constants + options + neuron_constants(*neuron) + gradient_constants(*gradient)
     return plan, Program("lif", "backward", storage, constants, gradient[-1])
@@ -104,7 +105,7 @@ def lif_forward_cuda(
     v0, scalar_v0 = as_start(v0)
     options = _options(x, T, r_tau, scalar_v0, return_v_seq)
     neuron = (divisor, decay_input, v_reset)
-    plan, program = _forward_program(T, N, storage, are_aligned(x, v0), packed, options, *neuron)
+    plan, program = _forward_program(T, N, storage, are_aligned(x, v0), packed, options, neuron)
     args: list[Argument] = [x, v0, r_tau, None if packed else spikes, spikes if packed else None, v, v_seq]
     args += [T, N, leak(divisor), float(v_threshold), float(v_reset or 0.0)]
     launch(plan, program, args, x.device)
@@ -132,7 +133,7 @@ def lif_backward_cuda(
 
     ``derivative`` is a surrogate's own spelling, a C expression of ``float x``; it takes the place of ``surrogate``.
     """
-    storage, T, N, divisor = STORAGE[x.dtype], time_steps, x[0].numel(), tau if r_tau is None else None
+    storage, T, N, divisor = STORAGE[x.dtype], time_steps, x.shape[1:].numel(), tau if r_tau is None else None
     grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
     grad_v0 = x.new_empty((0,) if v0 is None else v0.shape, dtype=torch.float32)
     if N == 0:

@@ -158,7 +158,7 @@ def norm_lif_backward_cuda(
     grad_v0 = x.new_empty((0,) if v0 is None else v0.shape, dtype=torch.float32)
     if x.numel() == 0:
         return grad_x, torch.zeros_like(weight), torch.zeros_like(bias), grad_v0
-    R, dtype = x[0].numel() // D, weight.dtype
+    R, dtype = x.shape[1:].numel() // D, weight.dtype
     x, padding_mask = x.contiguous(), None if padding_mask is None else padding_mask.contiguous()
     v0, scalar_v0 = as_start(v0)
     neuron, gradient = (tau, decay_input, v_reset), (detach_reset, surrogate, derivative)
