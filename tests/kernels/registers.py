@@ -6,6 +6,7 @@ python tests/kernels/registers.py     records again, after a change that is wort
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -112,8 +113,9 @@ def _empty(*shape, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 if __name__ == "__main__":
     from compiler import compile_program
+    from cupy.cuda import nvrtc
 
-    table: dict[str, dict[str, int]] = {}
+    table: dict[str, Any] = {"NVRTC": nvrtc.getVersion()}
     for what, arch, kernel, program in programs():
         (report,) = compile_program(program, arch).values()
         table.setdefault(f"{kernel} {what}", {})[arch] = report.registers

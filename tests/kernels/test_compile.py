@@ -40,9 +40,10 @@ def test_every_kernel_compiles_without_spills_in_the_recorded_registers(what, ar
     assert reports[kernel].spilled == 0
     assert reports[kernel].stack == 0
     recorded = json.loads(RECORDED.read_text(encoding="utf-8"))
-    assert reports[kernel].registers <= recorded[f"{kernel} {what}"][arch], (
-        "worth it? python tests/kernels/registers.py"
-    )
+    if recorded["NVRTC"] == list(nvrtc.getVersion()):  # another compiler allots registers as it likes
+        assert reports[kernel].registers <= recorded[f"{kernel} {what}"][arch], (
+            "worth it? python tests/kernels/registers.py"
+        )
 
 
 def test_no_product_is_contracted_into_a_sum():
