@@ -1,12 +1,15 @@
 """Pictures of results: speed beside the peers, throughput against T, memory."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
+import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 Row = dict[str, Any]
+matplotlib.rcParams["svg.hashsalt"] = "benchmarks"  # the same results give the same file
 KINDS = {"forward": "forward (inference)", "training": "forward + backward"}
 
 
@@ -21,9 +24,11 @@ def speed_ups(rows: Sequence[Row], bandwidth: float) -> Figure:
     figure, panels = _panels(rows, len(kinds))
     for axes, (kind, title) in zip(panels, kinds.items(), strict=True):
         peers = _names(rows, lambda row, kind=kind: [name for name in row[kind] if name != row["ours"]])
-        _bars(axes, rows, {peer: [ratio(row, kind, peer) or 0 for row in rows] for peer in peers})
+        _bars(axes, rows, {peer: [ratio(row, kind, peer) or math.nan for row in rows] for peer in peers}, start=1)
         axes.axvline(1, color="black", linewidth=0.8)
-        axes.set(title=title, xlabel="time of the peer / time of ours")
+        axes.set(title=title, xlabel="time of the peer / time of ours", xscale="log")
+        axes.xaxis.set_major_formatter("{x:g}")
+    _legend(figure)
     return figure
 
 
@@ -37,8 +42,9 @@ def memory(rows: Sequence[Row], bandwidth: float) -> Figure | None:
         (panels[1], "peak of forward + backward", lambda row: row["peak_bytes"].get("training", {})),
     ):
         names = _names(rows, bytes_of)
-        _bars(axes, rows, {name: [(bytes_of(row).get(name) or 0) / 1e6 for row in rows] for name in names})
+        _bars(axes, rows, {name: [(bytes_of(row).get(name) or math.nan) / 1e6 for row in rows] for name in names})
         axes.set(title=title, xlabel="MB", xscale="log")
+    _legend(figure)
     return figure
 
 
@@ -66,6 +72,15 @@ def throughput(rows: Sequence[Row], bandwidth: float) -> Figure | None:
     return figure
 
 
+def _legend(figure: Figure) -> None:
+    """One legend below the panels, where it hides no bar."""
+    named = {
+        label: handle for axes in figure.axes for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    if named:
+        figure.legend(list(named.values()), list(named), loc="outside lower center", ncols=2, fontsize="small")
+
+
 def _steps(row: Row) -> int:
     return row["sizes"]["T"] * row["sizes"]["N"]
 
@@ -81,12 +96,11 @@ def _panels(rows: Sequence[Row], count: int) -> tuple[Figure, Sequence[Axes]]:
     return figure, figure.subplots(1, count, sharey=True, squeeze=False)[0]
 
 
-def _bars(axes: Axes, rows: Sequence[Row], values: dict[str, list[float]]) -> None:
-    """Horizontal bars, a group a case, the first case on top."""
+def _bars(axes: Axes, rows: Sequence[Row], values: dict[str, list[float]], start: float = 0.0) -> None:
+    """Horizontal bars from ``start``, a group a case, the first case on top; none for NaN."""
     height = 0.8 / max(1, len(values))
-    for i, (name, lengths) in enumerate(values.items()):
-        axes.barh([y + i * height - 0.4 for y in range(len(rows))], lengths, height, align="edge", label=name)
+    for i, (name, ends) in enumerate(values.items()):
+        places = [y + i * height - 0.4 for y in range(len(rows))]
+        axes.barh(places, [end - start for end in ends], height, left=start, align="edge", label=name)
     axes.set_yticks(range(len(rows)), [row["case"] for row in rows])
     axes.set_ylim(len(rows) - 0.5, -0.5)
-    if values:
-        axes.legend(fontsize="small")

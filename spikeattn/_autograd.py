@@ -5,30 +5,53 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 _PLAIN = (Tensor, torch.nn.Parameter)
+_plain_keys: dict[int, bool] = {}  # whether so marked a tensor is plain
+
+
+def _watched(inputs: tuple) -> bool:
+    """Whether somebody has to see a call as one operation, or a tensor's memory is not what it says."""
+    return (
+        torch.compiler.is_compiling()
+        or torch.is_grad_enabled()
+        or is_in_torch_dispatch_mode()
+        or torch._C._len_torch_dispatch_stack() > 0  # of this thread; the line before looks at the whole process
+        or torch._C._len_torch_function_stack() > 0  # a default device, too, which would reach what kernels allocate
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+        or forward_ad._current_level >= 0
+        or torch.autograd._profiler_enabled()
+        or not all(_is_plain(x) for x in inputs if isinstance(x, Tensor))
+    )
+
+
+def _is_plain(x: Tensor) -> bool:
+    """Whether ``x`` is PyTorch's own and its memory holds its values: no negative, batched or all-zero view."""
+    if type(x) not in _PLAIN:
+        return False
+    keys = torch._C._dispatch_keys(x)
+    mark = keys.raw_repr()
+    if mark not in _plain_keys:
+        names = {name.strip() for name in str(keys).partition("(")[2].rstrip(")").split(",")}
+        backend = x.device.type.upper()
+        _plain_keys[mark] = names <= {backend, "ADInplaceOrView", f"Autograd{backend}", f"Autocast{backend}"}
+    return _plain_keys[mark]
 
 
 def direct(op: torch.library.CustomOpDef) -> Callable[..., Any]:
     """Return what calls the registered ``op``, past PyTorch's dispatcher where nobody watches.
 
     A call through the dispatcher costs up to 0.1 ms, as much as a small kernel. It is taken where somebody has to see
-    the call as one operation: `torch.compile`, a dispatch mode (counters, fake tensors), a transform of `torch.func`, a
-    profiler, a tensor that is not PyTorch's own, and where a gradient would be asked of ``op``.
+    the call as one operation: `torch.compile`, a trace, a dispatch mode (counters, fake tensors), a transform of
+    `torch.func`, a profiler, a tensor that is not PyTorch's own, and where a gradient would be asked of ``op``.
     """
     function = op._init_fn
 
     def call(*inputs):
-        watched = (
-            torch.compiler.is_compiling()
-            or torch.is_grad_enabled()
-            or is_in_torch_dispatch_mode()
-            or torch._C._are_functorch_transforms_active()
-            or torch.autograd._profiler_enabled()
-            or any(isinstance(x, Tensor) and type(x) not in _PLAIN for x in inputs)
-        )
-        return op(*inputs) if watched else function(*inputs)
+        return op(*inputs) if _watched(inputs) else function(*inputs)
 
     return call
 

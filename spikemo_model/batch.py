@@ -39,11 +39,18 @@ class DialogueBatch:
         for name, indices in (("speakers", self.speakers), ("labels", self.labels)):
             if indices is not None and indices.shape != (B, L):
                 raise ValueError(f"DialogueBatch: {name} must be [B, L] = {(B, L)}, got {tuple(indices.shape)}.")
-        on_cpu = self.speakers.device.type == "cpu" and not torch.compiler.is_compiling()
-        if self.parties is not None and on_cpu and self.speakers.numel() and int(self.speakers.max()) >= self.parties:
-            raise ValueError(
-                f"DialogueBatch: speakers must be below parties = {self.parties}, got {self.speakers.max()}."
-            )
+        self._check_speakers()
+
+    def _check_speakers(self) -> None:
+        """They are counted from 0 and below ``parties``; a GPU is not waited for."""
+        if self.speakers.dtype != torch.int64:
+            raise TypeError(f"DialogueBatch: speakers must be int64, got {self.speakers.dtype}.")
+        if self.speakers.device.type != "cpu" or torch.compiler.is_compiling() or not self.speakers.numel():
+            return
+        low, high = (int(x) for x in self.speakers.aminmax())
+        if low < 0 or (self.parties is not None and high >= self.parties):
+            below = "" if self.parties is None else f" and below parties = {self.parties}"
+            raise ValueError(f"DialogueBatch: speakers must be at least 0{below}, got {low} to {high}.")
 
     def to(self, device: torch.device | str) -> "DialogueBatch":
         """The same batch on ``device``."""

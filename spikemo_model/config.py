@@ -219,7 +219,6 @@ class TrainingConfig:
         ema_decay: Decay, a step, of the averaged weights that validation, test and the saved model use; 0 uses the
             last weights.
         precision: "32-true", or "bf16-mixed" for bfloat16 where it is safe.
-        cuda_graphs: Whether a single GPU runs the model by CUDA graphs, `GraphedSpikEmo`.
         loss: The loss.
         seed: Of initialisation, order and dropout.
     """
@@ -236,7 +235,6 @@ class TrainingConfig:
     patience: int = 0
     ema_decay: float = 0.0
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
-    cuda_graphs: bool = True
     loss: LossConfig = field(default_factory=LossConfig)
     seed: int = 0
 

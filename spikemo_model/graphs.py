@@ -23,6 +23,9 @@ class GraphedSpikEmo:
     are rounded up: padding changes no utterance's result. Where a capture fails, a warning says so once, and the model
     runs as it does without.
 
+    All graphs share their memory: between a call and its backward there may be no other call, and gradients are to be
+    set to None before the next backward, not added to.
+
     Args:
         model: On a GPU, without ``published_behaviour``. Its parameters may change their values, not their memory.
     """
@@ -37,19 +40,21 @@ class GraphedSpikEmo:
             torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
 
     def __call__(self, batch: DialogueBatch) -> SpikEmoOutput:
-        """As the model; what a call returns is overwritten by the next one with a batch of the same shape."""
+        """As the model; what a call returns is overwritten by the next one."""
         if not self._usable:
             return self.model(batch)
         whole = rounded(batch)
         flat = _Flat(self.model, whole)
         inputs = flat.inputs(whole)
         shapes = tuple(x.shape for x in inputs)
-        key = (flat.names, shapes, flat.parties, self.model.training, torch.is_grad_enabled(), _autocast())
+        mode = (self.model.training, torch.is_grad_enabled(), torch.is_inference_mode_enabled(), _autocast())
+        key = (flat.names, shapes, flat.parties, mode)
         if key not in self._graphs:
             try:
                 self._graphs[key] = self._capture(flat, inputs)
             except RuntimeError as error:
                 self._usable = False
+                self._graphs.clear()  # their memory, too, is the model's now
                 logger.warning("CUDA graphs are not used, training is slower: %s", str(error).splitlines()[0])
                 return self.model(batch)
         logits, *fused = self._graphs[key](*inputs)
@@ -63,7 +68,7 @@ class GraphedSpikEmo:
         enabled, dtype = _autocast()
         with torch.autocast("cuda", dtype, enabled, cache_enabled=False):  # a cache would outlive the capture
             return torch.cuda.make_graphed_callables(
-                cast(Any, flat.train(self.model.training)), static, 1, allow_unused_input=True, pool=self._pool
+                cast(Any, flat), static, 1, allow_unused_input=True, pool=self._pool
             )
 
 
@@ -73,6 +78,7 @@ class _Flat(nn.Module):
     def __init__(self, model: SpikEmo, batch: DialogueBatch) -> None:
         super().__init__()
         self.model, self.names, self.parties = model, tuple(batch.features), batch.parties
+        self.training = model.training  # alone: parts of the model may be frozen in another mode
 
     @staticmethod
     def inputs(batch: DialogueBatch) -> tuple[Tensor, ...]:

@@ -48,22 +48,25 @@ class SpikEmoTask(pl.LightningModule):
     Args:
         preset: The model and how to train it.
         class_shares: [C], each class's share of the training utterances, > 0.
+        cuda_graphs: Whether one GPU runs the model by CUDA graphs.
     """
 
     class_shares: Tensor
 
-    def __init__(self, preset: Preset, class_shares: Tensor) -> None:
+    def __init__(self, preset: Preset, class_shares: Tensor, cuda_graphs: bool = True) -> None:
         super().__init__()
         self.register_buffer("class_shares", class_shares, persistent=False)
         self.training_config = preset.training
         self.model = SpikEmo(preset.model)
         self.valid_f1 = MulticlassF1Score(len(preset.model.classes), average="weighted")
+        self.cuda_graphs = cuda_graphs
         self._graphed: GraphedSpikEmo | None = None
 
     def on_fit_start(self) -> None:
         """On one GPU the model runs by CUDA graphs."""
-        if self.training_config.cuda_graphs and self.device.type == "cuda" and self.trainer.world_size == 1:
-            self._graphed = None if self.model.config.published_behaviour else GraphedSpikEmo(self.model)
+        alone = self.device.type == "cuda" and self.trainer.world_size == 1
+        if self.cuda_graphs and alone and not self.model.config.published_behaviour:
+            self._graphed = GraphedSpikEmo(self.model)
 
     def on_fit_end(self) -> None:
         """Give the memory of the graphs back."""
@@ -121,7 +124,8 @@ class SpikEmoTask(pl.LightningModule):
             lr=config.learning_rate,
             betas=config.betas,
             weight_decay=config.weight_decay,
-            fused=self.device.type == "cuda",
+            # Lightning clips no gradient for a fused optimiser under mixed precision.
+            fused=self.device.type == "cuda" and not (config.gradient_clip and config.precision != "32-true"),
         )
         decay = torch.optim.lr_scheduler.StepLR(optimizer, config.lr_decay_epochs, config.lr_decay)
         return {"optimizer": optimizer, "lr_scheduler": decay}
@@ -254,6 +258,7 @@ def train(
     accelerator: str = "auto",
     progress: bool = True,
     save_every: int = 0,
+    cuda_graphs: bool = True,
 ) -> RunResult | None:
     """Train, select on validation, score the test split once, and leave everything in ``run_dir``.
 
@@ -268,6 +273,7 @@ def train(
             its processes.
         progress: Whether to show a progress bar, or a line an epoch where the output is no terminal.
         save_every: Steps between two checkpoints inside an epoch; 0 saves at the end of each.
+        cuda_graphs: Whether a single GPU runs the model by CUDA graphs (`GraphedSpikEmo`).
 
     Returns:
         The result; None in all processes but the first.
@@ -279,7 +285,7 @@ def train(
     _check_fit(corpus, preset)
     open_run(run_dir, preset)
     pl.seed_everything(preset.training.seed, verbose=False)
-    task = SpikEmoTask(preset, class_shares(corpus))
+    task = SpikEmoTask(preset, class_shares(corpus), cuda_graphs)
     bar = progress and sys.stderr.isatty()
     history = History(announce=progress and not bar)
     trainer, best = _trainer(preset.training, run_dir, history, accelerator, bar, save_every)

@@ -14,7 +14,7 @@ Model = Callable[[Tensor], Tensor]
 
 
 def spikingjelly_lif(tau: float) -> Model:
-    """SpikingJelly 2.0.0: a Python loop on a CPU, its fused kernel on a GPU; reset before each call."""
+    """SpikingJelly 2.0.0: a Python loop, but on a GPU in float32 its fused kernel; reset before each call."""
     node = neuron.LIFNode(tau, detach_reset=True, surrogate_function=surrogate.ATan(), step_mode="m")
 
     def run(x: Tensor) -> Tensor:

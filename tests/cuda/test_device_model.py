@@ -62,7 +62,7 @@ def test_a_run_on_a_device_learns_and_evaluates(tmp_path, precision, caplog):
     model, config = compact(corpus.widths, corpus.classes)
     contexts = {name: ModalityConfig(m.features, "bidirectional") for name, m in model.modalities.items()}
     model = SpikEmoConfig(contexts, corpus.classes, dim=32, dswa=model.dswa, fusion=model.fusion)
-    options = {"epochs": 4, "batch_size": 8, "precision": precision}
+    options = {"epochs": 4, "batch_size": 8, "precision": precision, "gradient_clip": 1.0}
     result = train(corpus, Preset(model, config.__class__(**options)), tmp_path, accelerator="gpu", progress=False)
     losses = [row["train_total"] for row in result.history]
     assert losses[-1] < losses[0]

@@ -84,3 +84,29 @@ def test_a_capture_that_fails_says_so_once_and_runs_the_model(captured, monkeypa
     assert [record.getMessage() for record in caplog.records] == [
         "CUDA graphs are not used, training is slower: operation not permitted when stream is capturing"
     ]
+
+
+def test_frozen_parts_keep_their_mode_and_a_failure_keeps_no_graph(captured, monkeypatch):
+    model = SpikEmo(small_config(dropout=0.0)).double().train()
+    model.classifier.eval()
+    graphed = GraphedSpikEmo(model)
+    graphed(random_batch((3, 5)))
+    assert model.training
+    assert not model.classifier.training
+
+    def fail(*args, **options):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", fail)
+    graphed(random_batch((3, 12)))
+    assert not graphed._graphs
+
+
+def test_inference_mode_is_captured_apart(captured):
+    model = SpikEmo(small_config()).double().eval()
+    graphed, batch = GraphedSpikEmo(model), random_batch((3, 5))
+    with torch.inference_mode():
+        graphed(batch)
+    with torch.no_grad():
+        graphed(batch)
+    assert len(captured) == 2

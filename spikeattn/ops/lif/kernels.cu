@@ -1,13 +1,14 @@
 // LIF over all T steps: equations in op.py, their derivatives and the choice of kVector and kSteps in README.md.
 //
-// x: [T, N], or [1, N] if kStatic; v0: [N]; if kScalarV0 one number, or null for v_reset; v_last: [N]; everything else [T, N]; time-major and contiguous. State float.
+// x: [T, N], or [1, N] if kStatic; v0: [N], if kScalarV0 one number, or null for v_reset; v_last: [N]; everything else
+// [T, N]; time-major and contiguous. State float. Null where a gradient did not come in or is not wanted.
 // Launch: a thread owns kVector neighbouring neurons and walks over t; blocks of 128 threads, grid (any, 1, 1), which
 // strides over N. N is a multiple of kVector. One dimension, no shared memory but in lif_backward.
 
 constexpr int kBatch = 4;  // steps whose loads are in flight together; divides kSteps
 
 // Loads are not guarded: after a branch a conversion from 16 bits would wait for each of them. What lies outside is read
-// at the nearest place inside, and not used.
+// somewhere inside, and not used.
 __device__ inline long long at_most(long long x, long long most) { return x < most ? x : most; }
 
 __device__ inline Neuron make_neuron(const float* r_tau, float leak, float v_threshold, float v_reset, float a, float b)

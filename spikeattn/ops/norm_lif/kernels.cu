@@ -230,8 +230,8 @@ __device__ inline void scan(
 // [(T - 1) / steps, R, D]. Writes grad_x (static steps are summed from the last to the first), grad_v0 and, a group of
 // kThreads threads each, one row of partial sums of the gradients of weight and bias to partials
 // [gridDim.x * blockDim.x / kThreads, 2, D]. Dynamic shared memory: kBatch kThreads / 16 floats, then blockDim.x *
-// kElements * steps. Moves 3 elements of storage a neuron-step (4 with checkpoints, which add 8 / steps bytes) and one more that
-// was read shortly before.
+// kElements * steps. Moves 3 elements of storage a neuron-step (4 with checkpoints, which add 8 / steps
+// bytes) and one more that was read shortly before.
 SPK_ENTRY(spk_norm_lif_backward, __launch_bounds__(kThreads > 256 ? kThreads : 256, 1))(
     const storage* SPK_RESTRICT grad_spikes, const float* SPK_RESTRICT grad_v, const storage* SPK_RESTRICT x,
     const float* SPK_RESTRICT weight, const float* SPK_RESTRICT bias, const bool* SPK_RESTRICT mask,
@@ -292,7 +292,8 @@ SPK_ENTRY(spk_norm_lif_backward, __launch_bounds__(kThreads > 256 ? kThreads : 2
                         total[e] = __fadd_rn(total[e], g);
                     }
                 }
-                if (!kStatic) norm_back(count, grad, x_t, m, rs, w, D, grad_x + (t * R + row) * D, R * D, grad_w, grad_b);
+                if (!kStatic)
+                    norm_back(count, grad, x_t, m, rs, w, D, grad_x + (t * R + row) * D, R * D, grad_w, grad_b);
             }
         }
         if (kStatic) {

@@ -280,7 +280,7 @@ def spiking_attention_backward(
             grad, q, k, v, scale, query_padding_mask, key_padding_mask, order, is_causal,
             tau, v_threshold, v_reset, detach_reset, surrogate, alpha, derivative,
         )  # fmt: skip
-        if q.dtype == torch.bfloat16:  # spikes lose nothing, the gradient is rounded once more: docs/numerics.md
+        if q.dtype == torch.bfloat16:  # docs/numerics.md
             dtype = torch.bfloat16
     own_q, own_k, own_v = (masked(x, mask, dtype) for x, mask in zip((q, k, v), masks, strict=True))
     with exact_sums(q):
