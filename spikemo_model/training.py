@@ -124,8 +124,8 @@ class SpikEmoTask(pl.LightningModule):
             lr=config.learning_rate,
             betas=config.betas,
             weight_decay=config.weight_decay,
-            # Lightning clips no gradient for a fused optimiser under mixed precision.
-            fused=self.device.type == "cuda" and not (config.gradient_clip and config.precision != "32-true"),
+            # Lightning clips no gradient for a fused one under mixed precision; None leaves the choice to PyTorch.
+            fused=(self.device.type == "cuda" and not (config.gradient_clip and config.precision != "32-true")) or None,
         )
         decay = torch.optim.lr_scheduler.StepLR(optimizer, config.lr_decay_epochs, config.lr_decay)
         return {"optimizer": optimizer, "lr_scheduler": decay}
