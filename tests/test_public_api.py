@@ -27,6 +27,7 @@ LAYERS = [
     "spikeattn._cuda",
     "spikeattn._leak",
     "spikeattn._autograd",
+    "spikeattn._compile",
 ]
 
 
