@@ -44,14 +44,13 @@ class GraphedSpikEmo:
         if not self._usable:
             return self.model(batch)
         whole = rounded(batch)
-        flat = _Flat(self.model, whole)
-        inputs = flat.inputs(whole)
+        inputs = (*whole.features.values(), whole.speakers, whole.mask)
         shapes = tuple(x.shape for x in inputs)
         mode = (self.model.training, torch.is_grad_enabled(), torch.is_inference_mode_enabled(), _autocast())
-        key = (flat.names, shapes, flat.parties, mode)
+        key = (tuple(whole.features), shapes, whole.parties, mode)
         if key not in self._graphs:
             try:
-                self._graphs[key] = self._capture(flat, inputs)
+                self._graphs[key] = self._capture(_Flat(self.model, whole), inputs)
             except RuntimeError as error:
                 self._usable = False
                 self._graphs.clear()  # their memory, too, is the model's now
@@ -80,13 +79,8 @@ class _Flat(nn.Module):
         self.model, self.names, self.parties = model, tuple(batch.features), batch.parties
         self.training = model.training  # alone: parts of the model may be frozen in another mode
 
-    @staticmethod
-    def inputs(batch: DialogueBatch) -> tuple[Tensor, ...]:
-        """What `forward` takes."""
-        return (*batch.features.values(), batch.speakers, batch.mask)
-
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """Logits, and fused features by modality, in the order of the model."""
+        """Logits, and fused features by modality in the order of the model, of features, speakers and mask."""
         *features, speakers, mask = inputs
         named = dict(zip(self.names, features, strict=True))
         logits, fused = self.model(DialogueBatch(named, speakers, mask, parties=self.parties))
