@@ -18,7 +18,7 @@ def ratio(row: Row, kind: str, peer: str) -> float | None:
     return row[kind][peer]["median_s"] / row[kind][peer]["ours_s"] if peer in row[kind] else None
 
 
-def speed_ups(rows: Sequence[Row], bandwidth: float) -> Figure:
+def speed_ups(rows: Sequence[Row]) -> Figure:
     """Speed-up over each peer, case by case; 1 is as fast as ours."""
     kinds = {kind: title for kind, title in KINDS.items() if all(kind in row for row in rows)}
     figure, panels = _panels(rows, len(kinds))
@@ -32,7 +32,7 @@ def speed_ups(rows: Sequence[Row], bandwidth: float) -> Figure:
     return figure
 
 
-def memory(rows: Sequence[Row], bandwidth: float) -> Figure | None:
+def memory(rows: Sequence[Row]) -> Figure | None:
     """What each contender keeps for the backward and takes at most, case by case; None where there is no backward."""
     if not all(row["kept_bytes"] for row in rows):
         return None

@@ -66,12 +66,12 @@ def _section(machine: str, suite: str, measured: dict[str, Any]) -> str:
             lines.append(f"Time of the host for a call, {title}, the shortest of each: {_host_times(rows, kind)}.")
     absent = dict.fromkeys(pair for row in rows for pair in row["absent"].items())
     lines += [f"{name}: not everywhere; {reason}." for name, reason in absent]
-    for name, what, draw in (
-        ("", f"Speed of {suite} beside its peers", pictures.speed_ups),
-        ("-throughput", f"Throughput of {suite} against T, and the roof of memory", pictures.throughput),
-        ("-memory", f"Memory of {suite} beside its peers", pictures.memory),
+    against_t = pictures.throughput(rows, facts["copy_bytes_per_s"])
+    for name, what, figure in (
+        ("", f"Speed of {suite} beside its peers", pictures.speed_ups(rows)),
+        ("-throughput", f"Throughput of {suite} against T, and the roof of memory", against_t),
+        ("-memory", f"Memory of {suite} beside its peers", pictures.memory(rows)),
     ):
-        figure = draw(rows, facts["copy_bytes_per_s"])
         if figure is not None:
             file = f"{machine}-{suite}{name}.svg"
             PLOTS.mkdir(parents=True, exist_ok=True)
