@@ -33,6 +33,9 @@ class LaunchPlan(NamedTuple):
     constants: tuple[tuple[str, int], ...] = ()  # sizes of the tile, known when the kernel is compiled
 
 
+Planned = tuple[LaunchPlan, Program]
+
+
 def check_limits(plan: LaunchPlan) -> None:
     """Refuse a plan that no device can launch."""
     threads = plan.block[0] * plan.block[1] * plan.block[2]

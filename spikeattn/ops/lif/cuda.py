@@ -5,7 +5,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from spikeattn._cuda.launch import Argument, LaunchPlan, launch
+from spikeattn._cuda.launch import Argument, LaunchPlan, Planned, launch
 from spikeattn._cuda.neuron import (
     NO_GRADIENT,
     STORAGE,
@@ -19,8 +19,6 @@ from spikeattn._cuda.neuron import (
 )
 from spikeattn._cuda.source import Program
 from spikeattn._leak import leak
-
-Planned = tuple[LaunchPlan, Program]
 
 ELEMENT_BYTES = {"f32": 4, "f16": 2, "bf16": 2}
 
