@@ -13,6 +13,7 @@ from spikingjelly.activation_based import neuron
 from spikingjelly.activation_based import surrogate as theirs
 
 from spikeattn import LIF, ATan, BackendUnavailableError, CustomSurrogate, Rect, Sigmoid, backend_status, lif
+from spikeattn._cpu import streams
 from spikeattn._cpu.neuron import F, derivative_row, surrogate_scalars
 from spikeattn._cpu.storage import ELEMENT, load_row, store_row
 from spikeattn.ops.lif import cpu
@@ -103,6 +104,53 @@ def test_long_sequences_in_segments_give_the_same_bits(T):
     ours, plain = (results(x, v0, b, tau=10.0, learned=True, surrogate=ATan()) for b in ("numba", "torch"))
     assert all(map(torch.equal, ours[0], plain[0]))
     assert all(map(torch.equal, ours[1][:2], plain[1][:2]))
+
+
+@pytest.fixture
+def streamed(monkeypatch):
+    """Results of any size pass the caches by; a list of whether they did."""
+    decisions = []
+
+    def decide(result, row):
+        decisions.append(streams.streams(result, row))
+        return decisions[-1]
+
+    monkeypatch.setattr(streams, "_LEAST", 0)
+    monkeypatch.setattr(cpu, "streams", decide)
+    return decisions
+
+
+@pytest.mark.parametrize("dynamics", DYNAMICS, ids=ids)
+def test_results_that_pass_the_caches_by_have_the_same_bits(dynamics, streamed, monkeypatch):
+    v_reset, detach_reset, decay_input, tau = dynamics
+    options = {
+        "v_reset": v_reset,
+        "detach_reset": detach_reset,
+        "decay_input": decay_input,
+        "tau": tau,
+        "surrogate": ATan(),
+    }
+    monkeypatch.setattr(cpu, "_SEGMENT", 4)
+    T, N = 9, 40_000  # blocks of two chunks, and a last one of a part of a chunk
+    x, v0 = currents(T, N), torch.randn(N)
+    for return_v_seq in (False, True):
+        options["return_v_seq"] = return_v_seq
+        (outputs, grads), (wanted, wanted_grads) = (results(x, v0, b, **options) for b in ("numba", "torch"))
+        assert all(map(torch.equal, outputs, wanted))
+        assert all(map(torch.equal, grads, wanted_grads))
+    for strided in (x[:1].expand(T, N), x[::2]):
+        assert torch.equal(lif(strided, v0, backend="numba").spikes, lif(strided, v0, backend="torch").spikes)
+    assert streamed == [True] * 6
+
+
+def test_only_large_results_of_whole_cache_lines_pass_the_caches_by():
+    whole = torch.empty(1 << 8, 1 << 14)  # 16 MiB
+    assert streams.streams(whole, 1 << 14)
+    assert not streams.streams(whole[1:], 1 << 14)
+    assert not streams.streams(torch.empty(1 << 8, (1 << 14) + 8), (1 << 14) + 8)
+    assert not streams.streams(torch.empty((1 << 22) + 16)[1:-15], 1 << 14)
+    assert not streams.streams(whole.double(), 1 << 14)
+    assert not streams.streams(torch.empty(1 << 9, 1 << 14, dtype=torch.bfloat16), 1 << 14)
 
 
 @given(neurons=st.integers(0, 1 << 32), kept_steps=st.integers(1, 1024))

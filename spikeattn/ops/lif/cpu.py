@@ -21,6 +21,7 @@ from spikeattn._cpu.neuron import (
     surrogate_scalars,
 )  # fmt: skip
 from spikeattn._cpu.storage import ELEMENT, as_rows, as_values, fill_row, load_row, store_row, target_row
+from spikeattn._cpu.streams import CHUNK, prefetch, stream, streams
 from spikeattn._cpu.threads import spread
 from spikeattn._leak import has_exact_reciprocal
 from spikeattn.ops.surrogate import Surrogate
@@ -39,12 +40,12 @@ def block_width(neurons: int, kept_steps: int = 1) -> int:
 
 
 _FORWARD = Frame(
-    "x x_stride v0 v0_size spikes v v_seq has_v_seq N time_steps width",
+    "x x_stride v0 v0_size spikes v v_seq has_v_seq N time_steps width streams",
     "tau v_threshold v_rest",
 )
 _BACKWARD = Frame(
     "grad_spikes grad_stride grad_v grad_v_size grad_v_seq has_v_seq x x_stride v0 v0_size grad_x grad_v0 grad_r_tau"
-    " N time_steps static segment width kind",
+    " N time_steps static segment width kind streams",
     "tau v_threshold v_rest a b",
 )
 _forward_record, _backward_record = _FORWARD.record, _BACKWARD.record
@@ -71,11 +72,23 @@ def forward_kernel(storage: torch.dtype, decay_input: bool, divides: bool, hard_
                 v = v_last[lo:hi]
                 fill_row(v, v0, lo)
                 for t in range(time_steps):
-                    current = load_row(x[t * x_stride + lo : t * x_stride + hi], buffers[0, :n])
-                    row = spikes[t * N + lo : t * N + hi]
-                    fired = target_row(row, buffers[1, :n])
-                    step_row(current, v, fired, tau, v_threshold, v_rest, decay_input, divides, hard_reset, True)
-                    store_row(row, fired)
+                    if p.streams:
+                        for c in range(lo, hi, CHUNK):
+                            end = min(hi, c + CHUNK)
+                            if t + 1 < time_steps:
+                                prefetch(x, (t + 1) * x_stride + c, end - c)
+                            current = load_row(x[t * x_stride + c : t * x_stride + end], buffers[0, : end - c])
+                            fired, own = buffers[1, : end - c], v_last[c:end]
+                            step_row(
+                                current, own, fired, tau, v_threshold, v_rest, decay_input, divides, hard_reset, True
+                            )
+                            stream(spikes, t * N + c, fired)
+                    else:
+                        current = load_row(x[t * x_stride + lo : t * x_stride + hi], buffers[0, :n])
+                        row = spikes[t * N + lo : t * N + hi]
+                        fired = target_row(row, buffers[1, :n])
+                        step_row(current, v, fired, tau, v_threshold, v_rest, decay_input, divides, hard_reset, True)
+                        store_row(row, fired)
                     if has_v_seq:
                         v_seq[t * N + lo : t * N + hi] = v
             first, last = next_blocks(frame, p.pieces, p.blocks, 1)
@@ -125,6 +138,8 @@ def backward_kernel(
                     else:
                         v[:] = starts[part, :n]
                     for t in range(begin, end):
+                        if p.streams and t + 1 < end:
+                            prefetch(x, (t + 1) * x_stride + lo, n)
                         current = load_row(x[t * x_stride + lo : t * x_stride + hi], buffers[4, :n])
                         h = h_seq[t - begin, :n]
                         step_row(current, v, h, tau, v_threshold, v_rest, decay_input, divides, hard_reset, False)
@@ -132,11 +147,25 @@ def backward_kernel(
                         continue
                     for t in range(end - 1, begin - 1, -1):
                         h = h_seq[t - begin, :n]
-                        derivative_row(kind, h, v_threshold, a, b, sg)
                         if has_v_seq:
                             grad = grad_v_seq[t * N + lo : t * N + hi]
                             for i in range(n):
                                 carry[i] = carry[i] + grad[i]
+                        if p.streams:  # to one gradient a step, and none of tau
+                            for c in range(0, n, CHUNK):
+                                to, at = min(n, c + CHUNK), t * grad_stride + lo
+                                if t > 0:
+                                    prefetch(grad_spikes, at - grad_stride + c, to - c)
+                                derivative_row(kind, h[c:to], v_threshold, a, b, sg[c:to])
+                                grad_s = load_row(grad_spikes[at + c : at + to], buffers[4, c:to])
+                                out = buffers[5, : to - c]
+                                grad_row(
+                                    grad_s, sg[c:to], h[c:to], carry[c:to], out, tau, v_threshold, v_rest,
+                                    decay_input, divides, hard_reset, detach_reset,
+                                )  # fmt: skip
+                                stream(grad_x, t * N + lo + c, out)
+                            continue
+                        derivative_row(kind, h, v_threshold, a, b, sg)
                         grad_s = load_row(grad_spikes[t * grad_stride + lo : t * grad_stride + hi], buffers[4, :n])
                         row = grad_x[lo:hi] if static else grad_x[t * N + lo : t * N + hi]
                         out = buffers[5, :n] if static else target_row(row, buffers[5, :n])
@@ -212,7 +241,7 @@ def lif_forward_cpu(
         -(-N // width), spikes.numel(),
         x=x.data_ptr(), x_stride=x_stride, v0=v0.data_ptr(), v0_size=v0_size,
         spikes=spikes.data_ptr(), v=v.data_ptr(), v_seq=v_seq.data_ptr(), has_v_seq=return_v_seq,
-        N=N, time_steps=time_steps, width=width,
+        N=N, time_steps=time_steps, width=width, streams=streams(spikes, N),
         **neuron_scalars(tau, r_tau, v_threshold, v_reset),
     )  # fmt: skip
     return spikes, v, v_seq
@@ -255,6 +284,7 @@ def lif_backward_cpu(
         v0=v0.data_ptr(), v0_size=v0_size,
         grad_x=grad_x.data_ptr(), grad_v0=grad_v0.data_ptr(), grad_r_tau=parts.ctypes.data,
         N=N, time_steps=time_steps, static=x.shape[0] == 1, segment=min(time_steps, _SEGMENT), width=width,
+        streams=r_tau is None and x.shape[0] > 1 and streams(grad_x, N),
         **neuron_scalars(tau, r_tau, v_threshold, v_reset), **surrogate_scalars(surrogate.name, surrogate.alpha),
     )  # fmt: skip
     grad_r_tau = torch.zeros(()) if r_tau is None else torch.tensor(parts.sum(), dtype=torch.float32)
