@@ -33,6 +33,13 @@ def pack_row(row, padded):
     return U(0) if padded else word, odd == U(0)
 
 
+@inline
+def unpack_row(word, row):
+    """``row[e]`` is bit e of ``word``."""
+    for e in range(row.size):
+        row[e] = F(1.0) if (word >> U(e)) & U(1) else F(0.0)
+
+
 @helper
 def add_column_bits(columns, row, j, padded):
     """Put token j, a float32 row, into bit j of the words of its channels; return whether it holds 0 and 1 only."""

@@ -8,13 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from spikeattn._cpu.bits import WORD, pack_row
-from spikeattn._cpu.compiler import SOURCES, Frame, Kernel, inline, memory, next_blocks
+from spikeattn._cpu.bits import WORD, pack_row, unpack_row
+from spikeattn._cpu.compiler import SOURCES, Frame, Kernel, memory, next_blocks
 from spikeattn._cpu.memory import empty
 from spikeattn._cpu.storage import ELEMENT, load_row, store_row, target_row
 from spikeattn._cpu.threads import spread
 
-F = np.float32
 U = np.uint64
 _BLOCK = 1024  # words
 
@@ -29,13 +28,6 @@ class Packed(NamedTuple):
     shape: torch.Size
     strides: tuple[int, ...]
     dtype: torch.dtype
-
-
-@inline
-def unpack_row(word, row):
-    """``row[e]`` is bit e of ``word``."""
-    for e in range(row.size):
-        row[e] = F(1.0) if (word >> U(e)) & U(1) else F(0.0)
 
 
 @cache

@@ -110,7 +110,7 @@ def test_padding_never_changes_a_result_or_a_gradient(lengths, extra, fire, caus
     mask = torch.arange(L) >= torch.tensor(lengths).unsqueeze(1)
     kwargs = {"fire": fire, "is_causal": causal, "backend": backend}
     padded = spiking_attention(*qkv, query_padding_mask=mask, key_padding_mask=mask, **kwargs)
-    weight = torch.randint(-3, 4, padded.shape).float()  # small integers: sums of gradients stay exact enough
+    weight = torch.randn(padded.shape)
     grads = torch.autograd.grad((padded * weight).sum(), qkv)
     for b, n in enumerate(lengths):
         own = [x.detach()[:, b : b + 1, :, :n].requires_grad_() for x in qkv]
@@ -121,6 +121,8 @@ def test_padding_never_changes_a_result_or_a_gradient(lengths, extra, fire, caus
             grads, torch.autograd.grad((alone * weight[:, b : b + 1, :, :n]).sum(), own), strict=True
         ):
             torch.testing.assert_close(grad[:, b : b + 1, :, :n], want)
+            if backend == "numba" and fire != "map":  # the fused kernel has one order of sums
+                assert torch.equal(grad[:, b : b + 1, :, :n], want)
             assert not grad[:, b, :, n:].any()
 
 

@@ -1,4 +1,4 @@
-"""Fused CPU kernels of `spiking_attention` for short sequences: spikes as bits, one head of one sequence at a time.
+"""The fused CPU kernel of `spiking_attention` for short sequences: spikes as bits, one head of one sequence at a time.
 
 What is not a spike, and what is too long to gain, goes to matrix products (`reference.attend`).
 """
@@ -13,32 +13,21 @@ from torch import Tensor
 from spikeattn._cpu.bits import WORD, U, add_plane, attend_row, count_row, pack_columns, pack_row, pack_rows
 from spikeattn._cpu.compiler import SOURCES, Frame, Kernel, inline, memory, next_blocks
 from spikeattn._cpu.memory import empty
-from spikeattn._cpu.neuron import (
-    F,
-    derivative_row,
-    for_surrogate,
-    grad_row,
-    neuron_scalars,
-    step_row,
-    surrogate_scalars,
-)
-from spikeattn._cpu.storage import ELEMENT, load_row, mask_arguments, store_row, target_row
+from spikeattn._cpu.neuron import F, neuron_scalars, step_row
+from spikeattn._cpu.storage import ELEMENT, mask_arguments, store_row, target_row
 from spikeattn._cpu.threads import spread
 from spikeattn._leak import has_exact_reciprocal
 from spikeattn.ops.spiking_attention.layout import in_one_piece, rows_in_one_piece, strides
-from spikeattn.ops.surrogate import Surrogate
 
 # Keys; beyond, matrix products are faster (benchmarks, suite "attention"). Causal ones compute twice what counts.
 _LONGEST, _LONGEST_CAUSAL = 64, 128
-_TRAJECTORY = 1 << 18  # floats of H that the backward of a head may keep
 
-_INPUTS = (
+INPUTS = (
     "q qT qB qH qL k kT kB kH kL v vT vB vH vL scale scaleT scaleB scaleH scaleL"
     " query_mask has_query_mask key_mask has_key_mask odd T B H L S E is_causal"
 )
-_FORWARD = Frame(f"{_INPUTS} out", "tau v_threshold v_rest")
-_BACKWARD = Frame(f"{_INPUTS} grad gradT gradB gradH gradL out kind", "tau v_threshold v_rest a b")
-_forward_record, _backward_record = _FORWARD.record, _BACKWARD.record
+_FORWARD = Frame(f"{INPUTS} out", "tau v_threshold v_rest")
+_forward_record = _FORWARD.record
 
 
 def takes(q: Tensor, k: Tensor, scale: Tensor, is_causal: bool) -> bool:
@@ -47,17 +36,8 @@ def takes(q: Tensor, k: Tensor, scale: Tensor, is_causal: bool) -> bool:
     return q.dtype in ELEMENT and q.shape[-1] <= WORD and k.shape[-2] <= longest and scale.shape[0] == 1
 
 
-def takes_backward(q: Tensor, k: Tensor, scale: Tensor, fire: str | None) -> bool:
-    """Whether the kernel of the neurons' gradient takes such a call."""
-    return (
-        fire == "output"
-        and takes(q, k, scale, is_causal=False)
-        and q.shape[0] * q.shape[-2] * q.shape[-1] <= _TRAJECTORY
-    )
-
-
 @inline
-def _extent(by_T, by_B, by_H, by_L, T, B, H, L, E):
+def extent(by_T, by_B, by_H, by_L, T, B, H, L, E):
     """Elements from the first to the last of a tensor with these strides."""
     return (T - 1) * by_T + (B - 1) * by_B + (H - 1) * by_H + (L - 1) * by_L + E
 
@@ -66,10 +46,10 @@ def _extent(by_T, by_B, by_H, by_L, T, B, H, L, E):
 def open_inputs(p, element):
     """Queries, keys, values, scale, the two masks (empty where there is none) and the flag of what is no spike."""
     T, B, H, L, S, E = p.T, p.B, p.H, p.L, p.S, p.E
-    q = memory(p.q, _extent(p.qT, p.qB, p.qH, p.qL, T, B, H, L, E), element)
-    k = memory(p.k, _extent(p.kT, p.kB, p.kH, p.kL, T, B, H, S, E), element)
-    v = memory(p.v, _extent(p.vT, p.vB, p.vH, p.vL, T, B, H, S, E), element)
-    scale = memory(p.scale, _extent(p.scaleT, p.scaleB, p.scaleH, p.scaleL, 1, B, H, L, 1), F)
+    q = memory(p.q, extent(p.qT, p.qB, p.qH, p.qL, T, B, H, L, E), element)
+    k = memory(p.k, extent(p.kT, p.kB, p.kH, p.kL, T, B, H, S, E), element)
+    v = memory(p.v, extent(p.vT, p.vB, p.vH, p.vL, T, B, H, S, E), element)
+    scale = memory(p.scale, extent(p.scaleT, p.scaleB, p.scaleH, p.scaleL, 1, B, H, L, 1), F)
     query_mask = memory(p.query_mask, B * L if p.has_query_mask else 0, np.bool_)
     key_mask = memory(p.key_mask, B * S if p.has_key_mask else 0, np.bool_)
     return q, k, v, scale, query_mask, key_mask, memory(p.odd, 1, np.int64)
@@ -157,70 +137,12 @@ def forward_kernel(storage: torch.dtype, fire: str | None, divides: bool, hard_r
     return Kernel(spiking_attention_forward, _FORWARD)
 
 
-@cache
-def backward_kernel(storage: torch.dtype, divides: bool, hard_reset: bool, detach_reset: bool) -> Kernel:
-    """Gradient of the product, [T, B, H, L, E] in float32, times the scale, from that of the output that it fires."""
-    plan, element = (divides, hard_reset, detach_reset, SOURCES), ELEMENT[storage]
-
-    def spiking_attention_backward(frame):
-        divides, hard_reset, detach_reset, _ = plan
-        p = numba.carray(frame, 1, _backward_record)[0]
-        T, B, H, L, S, E, is_causal, kind = p.T, p.B, p.H, p.L, p.S, p.E, p.is_causal, p.kind
-        tau, v_threshold, v_rest, a, b_ = F(p.tau), F(p.v_threshold), F(p.v_rest), F(p.a), F(p.b)
-        q, k, v, scale, query_mask, key_mask, odd = open_inputs(p, element)
-        grad = memory(p.grad, _extent(p.gradT, p.gradB, p.gradH, p.gradL, T, B, H, L, E), element)
-        out = memory(p.out, T * B * L * H * E, F)
-        planes = planes_of(E)
-        queries, keys = np.empty(L, np.uint64), np.empty(S, np.uint64)
-        columns = np.empty(((S + WORD - 1) // WORD, E), np.uint64)
-        counts, sums = np.empty(S, np.uint64), np.empty(E, np.uint64)
-        h_seq, carries = np.empty((T, L, E), np.float32), np.empty((L, E), np.float32)
-        currents, slopes, buffer = np.empty(E, np.float32), np.empty(E, np.float32), np.empty(E, np.float32)
-        first, last = next_blocks(frame, p.pieces, p.blocks, 0)
-        while first < last:
-            for block in range(first, last):
-                if odd[0]:
-                    break
-                b, h = block // H, block % H
-                carries[:] = v_rest  # first the potentials, then their gradients
-                for t in range(T):
-                    if not load_tokens(p, t, b, h, q, k, v, query_mask, key_mask, queries, keys, columns, buffer):
-                        odd[0] = 1
-                    for i in range(L):
-                        own_scale = scale[b * p.scaleB + h * p.scaleH + i * p.scaleL]
-                        attend_row(sums, queries[i], keys, columns, i + 1 if is_causal else S, planes, counts)
-                        for e in range(E):
-                            currents[e] = F(np.int64(sums[e])) * own_scale
-                        step_row(
-                            currents, carries[i], h_seq[t, i], tau, v_threshold, v_rest,
-                            True, divides, hard_reset, False,
-                        )  # fmt: skip
-                carries[:] = F(0.0)
-                for t in range(T - 1, -1, -1):
-                    for i in range(L):
-                        own_scale = scale[b * p.scaleB + h * p.scaleH + i * p.scaleL]
-                        at = t * p.gradT + b * p.gradB + h * p.gradH + i * p.gradL
-                        grad_s = load_row(grad[at : at + E], buffer)
-                        derivative_row(kind, h_seq[t, i], v_threshold, a, b_, slopes)
-                        at = (((t * B + b) * H + h) * L + i) * E
-                        result = out[at : at + E]
-                        grad_row(
-                            grad_s, slopes, h_seq[t, i], carries[i], result, tau, v_threshold, v_rest,
-                            True, divides, hard_reset, detach_reset,
-                        )  # fmt: skip
-                        for e in range(E):
-                            result[e] = result[e] * own_scale
-            first, last = next_blocks(frame, p.pieces, p.blocks, 1)
-
-    return Kernel(spiking_attention_backward, _BACKWARD)
-
-
-def _tensor(name: str, x: Tensor) -> dict[str, int]:
+def tensor_arguments(name: str, x: Tensor) -> dict[str, int]:
     """Address and strides of [T, B, H, L, E] for a frame."""
     return {name: x.data_ptr()} | {f"{name}{axis}": stride for axis, stride in zip("TBHL", strides(x), strict=True)}
 
 
-def _inputs(
+def input_arguments(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -232,7 +154,8 @@ def _inputs(
     """What both frames take for the inputs; ``masks`` are those of queries and keys."""
     T, B, H, L, E = q.shape
     return {
-        **_tensor("q", q), **_tensor("k", k), **_tensor("v", v), **_tensor("scale", scale),
+        **tensor_arguments("q", q), **tensor_arguments("k", k), **tensor_arguments("v", v),
+        **tensor_arguments("scale", scale),
         **mask_arguments("query_mask", masks[0]), **mask_arguments("key_mask", masks[1]),
         "odd": odd.ctypes.data, "T": T, "B": B, "H": H, "L": L, "S": k.shape[3], "E": E, "is_causal": is_causal,
     }  # fmt: skip
@@ -258,37 +181,7 @@ def spiking_attention_forward_cpu(
     out, odd = empty((T, B, L, H, E), q.dtype), np.zeros(1, np.int64)
     spread(
         forward_kernel(q.dtype, fire, not has_exact_reciprocal(tau), v_reset is not None), B * H, T * B * H * L * E,
-        **_inputs(q, k, v, scale, masks, is_causal, odd), out=out.data_ptr(),
+        **input_arguments(q, k, v, scale, masks, is_causal, odd), out=out.data_ptr(),
         **neuron_scalars(tau, None, v_threshold, v_reset),
     )  # fmt: skip
     return None if odd[0] else out.transpose(2, 3)
-
-
-def neuron_gradient_cpu(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: Tensor,
-    query_padding_mask: Tensor | None,
-    key_padding_mask: Tensor | None,
-    is_causal: bool,
-    tau: float,
-    v_threshold: float,
-    v_reset: float | None,
-    detach_reset: bool,
-    surrogate: Surrogate,
-) -> Tensor | None:
-    """``scale dL/dY`` [T, B, H, L, E] of Y = scale (Q K^T) V that fires; None if an input is not made of spikes."""
-    T, B, H, L, E = q.shape
-    grad = rows_in_one_piece(grad.to(q.dtype))
-    q, k, v = rows_in_one_piece(q), rows_in_one_piece(k), rows_in_one_piece(v)
-    masks = in_one_piece(query_padding_mask), in_one_piece(key_padding_mask)
-    out, odd = empty((T, B, H, L, E), torch.float32), np.zeros(1, np.int64)
-    plan = (q.dtype, not has_exact_reciprocal(tau), v_reset is not None, detach_reset)
-    spread(
-        for_surrogate(backward_kernel, plan, surrogate), B * H, T * B * H * L * E,
-        **_inputs(q, k, v, scale, masks, is_causal, odd), **_tensor("grad", grad), out=out.data_ptr(),
-        **neuron_scalars(tau, None, v_threshold, v_reset), **surrogate_scalars(surrogate.name, surrogate.alpha),
-    )  # fmt: skip
-    return None if odd[0] else out

@@ -179,6 +179,12 @@ def _neuron(
     return Neuron(fire, gradient)
 
 
+def _empty_like(x: Tensor) -> Tensor:
+    """Room for [T, B, H, L, E], [T, B, L, H, E] in memory."""
+    T, B, H, L, E = x.shape
+    return x.new_empty((T, B, L, H, E)).transpose(2, 3)
+
+
 def _cupy_takes(k: Tensor, fire: str | None, backend: str) -> bool:
     """Whether the CUDA kernels of this operation run it; else products do, and the neurons' kernels."""
     if backend != "cupy":
@@ -209,7 +215,7 @@ def spiking_attention_forward(
 ) -> Tensor:
     """Return [T, B, H, L, E], [T, B, L, H, E] in memory."""
     if not (q.numel() and k.numel()):
-        return torch.zeros_like(q.transpose(2, 3), memory_format=torch.contiguous_format).transpose(2, 3)
+        return _empty_like(q).zero_()
     if backend == "numba":
         from spikeattn.ops.spiking_attention import cpu
 
@@ -235,8 +241,7 @@ def _(
     q, k, v, scale, query_padding_mask, key_padding_mask,
     fire, order, is_causal, tau, v_threshold, v_reset, detach_reset, surrogate, alpha, backend,
 ):  # fmt: skip
-    T, B, H, L, E = q.shape
-    return q.new_empty((T, B, L, H, E)).transpose(2, 3)
+    return _empty_like(q)
 
 
 @torch.library.custom_op("spikeattn::spiking_attention_backward", mutates_args=(), device_types=("cpu", "cuda"))
@@ -259,19 +264,22 @@ def spiking_attention_backward(
     alpha: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return ``(grad_q, grad_k, grad_v)``."""
+    """Return ``(grad_q, grad_k, grad_v)``, [T, B, H, L, E], [T, B, L, H, E] in memory."""
     if not (q.numel() and k.numel()):
-        return q.new_zeros(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
+        grad_q, grad_k, grad_v = (_empty_like(x).zero_() for x in (q, k, v))
+        return grad_q, grad_k, grad_v
+    if backend == "numba":
+        from spikeattn.ops.spiking_attention import cpu_backward
+
+        if cpu_backward.takes_backward(q, k, scale, fire):
+            fused = cpu_backward.spiking_attention_backward_cpu(
+                grad, q, k, v, scale, query_padding_mask, key_padding_mask,
+                fire, is_causal, tau, v_threshold, v_reset, detach_reset, surrogate_of(surrogate, alpha),
+            )  # fmt: skip
+            if fused is not None:
+                return fused
     masks = (query_padding_mask, key_padding_mask, key_padding_mask)
     dtype, product_grad = state_dtype(q), None
-    if backend == "numba":
-        from spikeattn.ops.spiking_attention import cpu
-
-        if cpu.takes_backward(q, k, scale, fire):
-            product_grad = cpu.neuron_gradient_cpu(
-                grad, q, k, v, scale, query_padding_mask, key_padding_mask,
-                is_causal, tau, v_threshold, v_reset, detach_reset, surrogate_of(surrogate, alpha),
-            )  # fmt: skip
     if fire == "output" and _cupy_takes(k, fire, backend):
         from spikeattn.ops.spiking_attention.cuda import attention_backward_cuda
 
@@ -289,7 +297,8 @@ def spiking_attention_backward(
         else:
             neuron = _neuron(q, tau, v_threshold, v_reset, detach_reset, surrogate, alpha, backend)
             grads = attend_backward(grad.to(dtype), own_q, own_k, own_v, scale, fire, order, is_causal, neuron)
-    grad_q, grad_k, grad_v = (masked(g, mask).to(q.dtype).contiguous() for g, mask in zip(grads, masks, strict=True))
+    own = (masked(g, mask).to(q.dtype) for g, mask in zip(grads, masks, strict=True))
+    grad_q, grad_k, grad_v = (g.transpose(2, 3).contiguous().transpose(2, 3) for g in own)
     return grad_q, grad_k, grad_v
 
 
@@ -298,7 +307,7 @@ def _(
     grad, q, k, v, scale, query_padding_mask, key_padding_mask,
     fire, order, is_causal, tau, v_threshold, v_reset, detach_reset, surrogate, alpha, backend,
 ):  # fmt: skip
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    return _empty_like(q), _empty_like(k), _empty_like(v)
 
 
 def _save(ctx, inputs, output) -> None:
