@@ -1,15 +1,20 @@
-"""Spikes as bits: rows of 0 and 1 packed into words, and products of them by counting bits."""
+"""Spikes as bits: rows of 0 and 1 packed into words and back, and products of them by counting bits."""
+
+from typing import Any
 
 import numpy as np
+from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from spikeattn._cpu.compiler import helper, inline
-from spikeattn._cpu.storage import load_row
+from spikeattn._cpu.compiler import inline
 
 F = np.float32
 U = np.uint64
 WORD = 64
+
+_STEP = 16  # elements that are compared together
+_WORD_TYPE = ir.IntType(WORD)
 
 
 @intrinsic
@@ -22,87 +27,121 @@ def count_bits(context, word):
     return types.uint64(types.uint64), codegen
 
 
-@helper
-def pack_row(row, padded):
-    """``(word, are_spikes)``: element e of a float32 row in bit e, and whether it holds 0 and 1 only."""
-    word, odd = U(0), U(0)
-    for e in range(row.size):
-        fires = U(1) if row[e] != F(0.0) else U(0)
-        odd |= U(1) if row[e] != F(fires) else U(0)
-        word |= fires << U(e)
-    return U(0) if padded else word, odd == U(0)
+class _Lanes:
+    """``x[first : first + count]`` in a vector register, as the integers that its bits are."""
+
+    def __init__(self, context: Any, builder: Any, x_type: Any, x: Any, first: Any, count: int) -> None:
+        bits, one = (32, 0x3F800000) if x_type.dtype == types.float32 else (16, 0x3C00)
+        if x_type.dtype == types.int16:  # bfloat16
+            one = 0x3F80
+        vector = ir.VectorType(ir.IntType(bits), count)
+        integers = builder.bitcast(context.make_array(x_type)(context, builder, x).data, vector.element.as_pointer())
+        self.pointer = builder.bitcast(builder.gep(integers, [first]), vector.as_pointer())
+        self.zero, self.one, self.magnitude = (
+            ir.Constant(vector, [number] * count) for number in (0, one, (1 << bits - 1) - 1)
+        )
+
+
+def _comparer(count: int) -> Any:
+    """A function that packs ``count`` elements."""
+
+    @intrinsic
+    def compare(context, x, first):
+        """Of ``x[first + e]``: bit e says that it is not 0, bit 32 + e that it is neither 0 nor 1."""
+
+        def codegen(context, builder, signature, args):
+            lanes = _Lanes(context, builder, signature.args[0], args[0], args[1], count)
+            numbers = builder.load(lanes.pointer, align=1)
+            fires = builder.icmp_unsigned("!=", builder.and_(numbers, lanes.magnitude), lanes.zero)
+            odd = builder.xor(fires, builder.icmp_unsigned("==", numbers, lanes.one))
+            low, high = (builder.zext(builder.bitcast(bits, ir.IntType(count)), _WORD_TYPE) for bits in (fires, odd))
+            return builder.or_(low, builder.shl(high, ir.Constant(_WORD_TYPE, 32)))
+
+        return types.uint64(x, types.int64), codegen
+
+    return compare
+
+
+def _spreader(count: int) -> Any:
+    """A function that unpacks ``count`` elements."""
+
+    @intrinsic
+    def spread(context, word, x, first):
+        """``x[first + e]`` is bit e of ``word``."""
+
+        def codegen(context, builder, signature, args):
+            lanes = _Lanes(context, builder, signature.args[1], args[1], args[2], count)
+            bits = builder.bitcast(builder.trunc(args[0], ir.IntType(count)), ir.VectorType(ir.IntType(1), count))
+            builder.store(builder.select(bits, lanes.one, lanes.zero), lanes.pointer, align=1)
+            return context.get_dummy_value()
+
+        return types.void(types.uint64, x, types.int64), codegen
+
+    return spread
+
+
+_compare, _compare_one, _spread, _spread_one = _comparer(_STEP), _comparer(1), _spreader(_STEP), _spreader(1)
 
 
 @inline
-def unpack_row(word, row):
-    """``row[e]`` is bit e of ``word``."""
-    for e in range(row.size):
-        row[e] = F(1.0) if (word >> U(e)) & U(1) else F(0.0)
+def pack(x, first, size):
+    """``(word, are_spikes)`` of ``x[first : first + size]``: bit e where element e is not 0; whether all are 0 or 1.
 
-
-@helper
-def add_column_bits(columns, row, j, padded):
-    """Put token j, a float32 row, into bit j of the words of its channels; return whether it holds 0 and 1 only."""
-    odd = U(0)
-    bit = U(0) if padded else U(1) << U(j)
-    for e in range(row.size):
-        fires = row[e] != F(0.0)
-        odd |= U(1) if row[e] != (F(1.0) if fires else F(0.0)) else U(0)
-        columns[e] |= bit if fires else U(0)
-    return odd == U(0)
+    At most `WORD` elements, stored as `storage.ELEMENT` says.
+    """
+    word = odd = U(0)
+    whole = size - size % _STEP
+    for e in range(0, whole, _STEP):
+        found = _compare(x, first + e)
+        word |= (found & U(0xFFFF)) << U(e)
+        odd |= found >> U(32)
+    for e in range(whole, size):
+        found = _compare_one(x, first + e)
+        word |= (found & U(1)) << U(e)
+        odd |= found >> U(32)
+    return word, odd == U(0)
 
 
 @inline
-def pack_rows(words, x, first, stride, E, mask, at, buffer):
+def unpack(word, x, first, size):
+    """``x[first + e]`` is bit e of ``word``; what `pack` reads."""
+    whole = size - size % _STEP
+    for e in range(0, whole, _STEP):
+        _spread(word >> U(e), x, first + e)
+    for e in range(whole, size):
+        _spread_one(word >> U(e), x, first + e)
+
+
+@inline
+def pack_rows(words, x, first, stride, E, mask, at):
     """One word for each token from ``x[first]`` on, zero at padding; whether they hold 0 and 1 only."""
     spikes = True
     for i in range(words.size):
-        row = load_row(x[first + i * stride : first + i * stride + E], buffer)
-        words[i], own = pack_row(row, mask.size > 0 and mask[at + i])
+        word, own = pack(x, first + i * stride, E)
+        words[i] = U(0) if mask.size > 0 and mask[at + i] else word
         spikes &= own
     return spikes
 
 
 @inline
-def pack_columns(columns, x, first, stride, tokens, E, mask, at, buffer):
-    """``columns[j // 64, e]`` holds token j in bit j % 64, zero at padding; whether they hold 0 and 1 only."""
-    spikes = True
+def unpack_rows(words, rows):
+    """Bits of each word as numbers 0 and 1, a row of them."""
+    for r in range(words.size):
+        unpack(words[r], rows, r * rows.shape[1], rows.shape[1])
+
+
+@inline
+def transpose(words, columns):
+    """Bit j % 64 of ``columns[j // 64, e]`` is bit e of ``words[j]``."""
     columns[:] = U(0)
-    for j in range(tokens):
-        row = load_row(x[first + j * stride : first + j * stride + E], buffer)
-        spikes &= add_column_bits(columns[j // WORD], row, j % WORD, mask.size > 0 and mask[at + j])
-    return spikes
+    for j in range(words.size):
+        word, column = words[j], columns[j // WORD]
+        for e in range(column.size):
+            column[e] |= ((word >> U(e)) & U(1)) << U(j % WORD)
 
 
 @inline
 def count_row(query, keys, counts):
     """Counts of channels that fire in a query and in each key."""
     for j in range(counts.size):
-        counts[j] = count_bits(query & keys[j])
-
-
-@inline
-def plane_word(counts, plane):
-    """Bit ``plane`` of each count, in one word."""
-    word = U(0)
-    for j in range(counts.size):
-        word |= ((counts[j] >> U(plane)) & U(1)) << U(j)
-    return word
-
-
-@inline
-def add_plane(sums, word, columns, plane):
-    """Add ``2^plane`` times the tokens that are set in ``word`` and in each channel's column."""
-    for e in range(sums.size):
-        sums[e] += count_bits(word & columns[e]) << U(plane)
-
-
-@inline
-def attend_row(sums, query, keys, columns, seen, planes, counts):
-    """``sums[e]``: over the first ``seen`` tokens, channels shared by query and key, times bit e of the value."""
-    sums[:] = U(0)
-    for begin in range(0, seen, WORD):
-        own = counts[: min(WORD, seen - begin)]
-        count_row(query, keys[begin : begin + own.size], own)
-        for plane in range(planes):
-            add_plane(sums, plane_word(own, plane), columns[begin // WORD], plane)
+        counts[j] = F(np.int64(count_bits(query & keys[j])))

@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from spikeattn._cpu.bits import WORD, pack_row, unpack_row
+from spikeattn._cpu.bits import WORD, pack, unpack
 from spikeattn._cpu.compiler import SOURCES, Frame, Kernel, memory, next_blocks
 from spikeattn._cpu.memory import empty
-from spikeattn._cpu.storage import ELEMENT, load_row, store_row, target_row
+from spikeattn._cpu.storage import ELEMENT
 from spikeattn._cpu.threads import spread
 
 U = np.uint64
@@ -41,21 +41,17 @@ def _kernel(storage: torch.dtype, packs: bool) -> Kernel:
         words = (p.N + WORD - 1) // WORD
         x, bits = memory(p.x, p.N, element), memory(p.bits, words, U)
         are_spikes = memory(p.are_spikes, p.blocks, np.int64)
-        buffer = np.empty(WORD, np.float32)
         first, last = next_blocks(frame, p.pieces, p.blocks, 0)
         while first < last:
             for block in range(first, last):
                 spikes = True
                 for w in range(block * _BLOCK, min(words, (block + 1) * _BLOCK)):
-                    row = x[w * WORD : min(p.N, (w + 1) * WORD)]
-                    room = buffer[: row.size]
+                    size = min(WORD, p.N - w * WORD)
                     if packs:
-                        bits[w], own = pack_row(load_row(row, room), False)
+                        bits[w], own = pack(x, w * WORD, size)
                         spikes &= own
                     else:
-                        target = target_row(row, room)
-                        unpack_row(bits[w], target)
-                        store_row(row, target)
+                        unpack(bits[w], x, w * WORD, size)
                 are_spikes[block] = spikes
             first, last = next_blocks(frame, p.pieces, p.blocks, 1)
 

@@ -14,6 +14,8 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from spikeattn._cpu.compiler import inline
+
 TILE = 64  # outputs
 ROWS = 6  # that are multiplied together, so that a weight is loaded once for all of them
 
@@ -164,6 +166,22 @@ def multiply_rows(context, tile, x, row_stride, step_stride, steps, start, start
             _store(builder, row, sums[r * _REGISTERS : (r + 1) * _REGISTERS])
 
     return types.void(*[types.int64] * 9), codegen
+
+
+@inline
+def multiply(a, row_stride, step_stride, steps, rows, tile, width, zeros, out):
+    """``out[:rows, :width] = A @ tile[:steps]``; ``A[r, s]`` is element ``r row_stride + s step_stride`` of ``a``.
+
+    ``tile``, ``zeros`` and ``out`` have rows of `TILE`; up to ``ROWS - 1`` more rows are computed, of what lies there.
+    """
+    for r in range(0, rows, ROWS):
+        x = a.ctypes.data + r * row_stride * a.itemsize
+        for strip in range(0, width, STRIP):
+            at = strip * a.itemsize
+            multiply_rows(
+                tile.ctypes.data + at, x, row_stride, step_stride, steps,
+                zeros.ctypes.data + at, 0, out.ctypes.data + r * TILE * a.itemsize + at, TILE,
+            )  # fmt: skip
 
 
 @intrinsic

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from spikeattn._cpu.bits import WORD, count_bits, pack_row
+from spikeattn._cpu.bits import WORD, count_bits, pack
 from spikeattn._cpu.compiler import SOURCES, Frame, Kernel, helper, memory, next_blocks
 from spikeattn._cpu.memory import empty
 from spikeattn._cpu.threads import spread
@@ -61,7 +61,7 @@ def pack_inputs(row, words):
     """Which inputs are not zero, as bits: ``(how many, whether all of them are 1)``."""
     count, spikes = 0, True
     for w in range(words.size):
-        words[w], own = pack_row(row[w * WORD : min(row.size, (w + 1) * WORD)], False)
+        words[w], own = pack(row, w * WORD, min(WORD, row.size - w * WORD))
         spikes &= own
         count += count_of(words[w])
     return count, spikes

@@ -10,12 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from spikeattn._cpu.bits import WORD, U, add_plane, attend_row, count_row, pack_columns, pack_row, pack_rows
+from spikeattn._cpu.bits import WORD, U, count_bits, count_row, pack, pack_rows, transpose, unpack_rows
 from spikeattn._cpu.compiler import SOURCES, Frame, Kernel, inline, memory, next_blocks
 from spikeattn._cpu.memory import empty
 from spikeattn._cpu.neuron import F, neuron_scalars, step_row
 from spikeattn._cpu.storage import ELEMENT, mask_arguments, store_row, target_row
 from spikeattn._cpu.threads import spread
+from spikeattn._cpu.vectors import ROWS, TILE, WHY_NOT, multiply
 from spikeattn._leak import has_exact_reciprocal
 from spikeattn.ops.spiking_attention.layout import in_one_piece, rows_in_one_piece, strides
 
@@ -33,7 +34,8 @@ _forward_record = _FORWARD.record
 def takes(q: Tensor, k: Tensor, scale: Tensor, is_causal: bool) -> bool:
     """Whether the forward takes such a call."""
     longest = _LONGEST_CAUSAL if is_causal else _LONGEST
-    return q.dtype in ELEMENT and q.shape[-1] <= WORD and k.shape[-2] <= longest and scale.shape[0] == 1
+    short = k.shape[-2] <= longest and q.shape[-1] <= min(WORD, TILE)
+    return short and q.dtype in ELEMENT and scale.shape[0] == 1 and not WHY_NOT
 
 
 @inline
@@ -56,21 +58,22 @@ def open_inputs(p, element):
 
 
 @inline
-def load_tokens(p, t, b, h, q, k, v, query_mask, key_mask, queries, keys, columns, buffer):
+def load_tokens(p, t, b, h, q, k, v, query_mask, key_mask, queries, keys, values):
     """Pack the tokens of one head and time step; whether they hold 0 and 1 only."""
-    spikes = pack_rows(queries, q, t * p.qT + b * p.qB + h * p.qH, p.qL, p.E, query_mask, b * p.L, buffer)
-    spikes &= pack_rows(keys, k, t * p.kT + b * p.kB + h * p.kH, p.kL, p.E, key_mask, b * p.S, buffer)
-    first = t * p.vT + b * p.vB + h * p.vH
-    return spikes & pack_columns(columns, v, first, p.vL, p.S, p.E, key_mask, b * p.S, buffer)
+    spikes = pack_rows(queries, q, t * p.qT + b * p.qB + h * p.qH, p.qL, p.E, query_mask, b * p.L)
+    spikes &= pack_rows(keys, k, t * p.kT + b * p.kB + h * p.kH, p.kL, p.E, key_mask, b * p.S)
+    return spikes & pack_rows(values, v, t * p.vT + b * p.vB + h * p.vH, p.vL, p.E, key_mask, b * p.S)
 
 
 @inline
-def planes_of(E):
-    """Bits of a count of channels, 0 to E."""
-    planes = 0
-    while E >> planes:
-        planes += 1
-    return planes
+def attend_rows(queries, i, keys, values, is_causal, counts, zeros, out):
+    """``out[:ROWS] = Q K^T V`` of the queries from i on, and ``counts = Q K^T``; ``values`` in rows of `TILE`."""
+    S, last = keys.size, min(queries.size, i + ROWS)
+    for own in range(i, last):
+        count_row(queries[own], keys, counts[own - i])
+        if is_causal:
+            counts[own - i, own + 1 :] = F(0.0)
+    multiply(counts, S, 1, min(last, S) if is_causal else S, last - i, values, TILE, zeros, out)
 
 
 @cache
@@ -85,13 +88,11 @@ def forward_kernel(storage: torch.dtype, fire: str | None, divides: bool, hard_r
         tau, v_threshold, v_rest = F(p.tau), F(p.v_threshold), F(p.v_rest)
         q, k, v, scale, query_mask, key_mask, odd = open_inputs(p, element)
         out = memory(p.out, T * B * L * H * E, element)
-        planes = planes_of(E)
-        queries, keys = np.empty(L, np.uint64), np.empty(S, np.uint64)
-        columns = np.empty(((S + WORD - 1) // WORD, E), np.uint64)
-        counts, sums = np.empty(S, np.uint64), np.empty(E, np.uint64)
-        potentials = np.empty((L, S if fires_map else E), np.float32)
-        rows, buffer = np.empty((2, max(S, E)), np.float32), np.empty(E, np.float32)
-        currents, spikes = rows[0], rows[1]
+        queries, keys, values = np.empty(L, U), np.empty(S, U), np.empty(S, U)
+        columns, spikes = np.empty(((S + WORD - 1) // WORD, E), U), np.empty(S, F)  # of values; of a fired map
+        tile, zeros, currents = np.empty((S, TILE), F), np.zeros(TILE, F), np.empty((ROWS, TILE), F)
+        counts, buffer = np.zeros((ROWS, S), F), np.empty(E, F)
+        potentials = np.empty((L, S if fires_map else E), F)
         first, last = next_blocks(frame, p.pieces, p.blocks, 0)
         while first < last:
             for block in range(first, last):
@@ -100,37 +101,43 @@ def forward_kernel(storage: torch.dtype, fire: str | None, divides: bool, hard_r
                 b, h = block // H, block % H
                 potentials[:] = v_rest
                 for t in range(T):
-                    if not load_tokens(p, t, b, h, q, k, v, query_mask, key_mask, queries, keys, columns, buffer):
+                    if not load_tokens(p, t, b, h, q, k, v, query_mask, key_mask, queries, keys, values):
                         odd[0] = 1
+                    if fires_map:
+                        transpose(values, columns)
+                    else:
+                        unpack_rows(values, tile)
                     for i in range(L):
-                        seen, own_scale = (i + 1 if is_causal else S), scale[b * p.scaleB + h * p.scaleH + i * p.scaleL]
+                        own_scale = scale[b * p.scaleB + h * p.scaleH + i * p.scaleL]
                         row = out[(((t * B + b) * L + i) * H + h) * E : (((t * B + b) * L + i) * H + h + 1) * E]
                         result = target_row(row, buffer)
                         if fires_map:
-                            current, spike = currents[:S], spikes[:S]
-                            count_row(queries[i], keys, counts)
+                            current = counts[0]
+                            count_row(queries[i], keys, current)
                             for j in range(S):
-                                current[j] = F(np.int64(counts[j])) * own_scale if j < seen else F(0.0)
+                                current[j] = current[j] * own_scale if j <= i or not is_causal else F(0.0)
                             step_row(
-                                current, potentials[i], spike, tau, v_threshold, v_rest,
+                                current, potentials[i], spikes, tau, v_threshold, v_rest,
                                 True, divides, hard_reset, True,
                             )  # fmt: skip
-                            sums[:] = U(0)
+                            result[:] = F(0.0)
                             for begin in range(0, S, WORD):
-                                word = pack_row(spike[begin : min(S, begin + WORD)], False)[0]
-                                add_plane(sums, word, columns[begin // WORD], 0)
-                            for e in range(E):
-                                result[e] = F(np.int64(sums[e]))
+                                word, column = pack(spikes, begin, min(WORD, S - begin))[0], columns[begin // WORD]
+                                for e in range(E):
+                                    result[e] += F(np.int64(count_bits(word & column[e])))
                         else:
-                            attend_row(sums, queries[i], keys, columns, seen, planes, counts)
-                            current = currents[:E] if fires_output else result
+                            if i % ROWS == 0:
+                                attend_rows(queries, i, keys, tile, is_causal, counts, zeros, currents)
+                            current = currents[i % ROWS, :E]
                             for e in range(E):
-                                current[e] = F(np.int64(sums[e])) * own_scale
+                                current[e] = current[e] * own_scale
                             if fires_output:
                                 step_row(
                                     current, potentials[i], result, tau, v_threshold, v_rest,
                                     True, divides, hard_reset, True,
                                 )  # fmt: skip
+                            else:
+                                result[:] = current
                         store_row(row, result)
             first, last = next_blocks(frame, p.pieces, p.blocks, 1)
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from spikeattn._cpu.bits import attend_row, count_row, unpack_row
+from spikeattn._cpu.bits import U, count_row, transpose, unpack_rows
 from spikeattn._cpu.compiler import SOURCES, Frame, Kernel, inline, memory, next_blocks
 from spikeattn._cpu.memory import empty
 from spikeattn._cpu.neuron import (
@@ -25,15 +25,15 @@ from spikeattn._cpu.neuron import (
 )
 from spikeattn._cpu.storage import ELEMENT, load_row, store_row, target_row
 from spikeattn._cpu.threads import spread
-from spikeattn._cpu.vectors import ROWS, STRIP, TILE, WHY_NOT, multiply_rows
+from spikeattn._cpu.vectors import ROWS, TILE, multiply
 from spikeattn._leak import has_exact_reciprocal
 from spikeattn.ops.spiking_attention.cpu import (
     INPUTS,
+    attend_rows,
     extent,
     input_arguments,
     load_tokens,
     open_inputs,
-    planes_of,
     takes,
     tensor_arguments,
 )
@@ -48,41 +48,20 @@ _record = _BACKWARD.record
 
 def takes_backward(q: Tensor, k: Tensor, scale: Tensor, fire: str | None) -> bool:
     """Whether the kernel takes such a call."""
-    short = takes(q, k, scale, is_causal=False) and q.shape[0] * q.shape[-2] * q.shape[-1] <= _TRAJECTORY
-    return short and fire != "map" and not WHY_NOT
-
-
-@inline
-def _unpack(words, rows):
-    """Bits of each word as numbers 0 and 1, a row of them."""
-    for r in range(words.size):
-        unpack_row(words[r], rows[r])
-
-
-@inline
-def _multiply(a, row_stride, step_stride, steps, rows, tile, width, zeros, out):
-    """``out[:rows, :width] = A @ tile[:steps]``; ``A[r, s]`` is element ``r row_stride + s step_stride`` of ``a``.
-
-    ``tile`` and ``out`` have rows of `TILE`; up to ``ROWS - 1`` more rows are computed, of what lies there.
-    """
-    for r in range(0, rows, ROWS):
-        x = a.ctypes.data + r * row_stride * a.itemsize
-        for strip in range(0, width, STRIP):
-            at = strip * a.itemsize
-            multiply_rows(
-                tile.ctypes.data + at, x, row_stride, step_stride, steps,
-                zeros.ctypes.data, 0, out.ctypes.data + r * TILE * a.itemsize + at, TILE,
-            )  # fmt: skip
+    T, _, _, L, E = q.shape
+    return fire != "map" and takes(q, k, scale, is_causal=False) and L * max(T * E, TILE) <= _TRAJECTORY
 
 
 @inline
 def _store_rows(target, first, stride, rows, count, mask, at, E, buffer):
     """The first ``E`` numbers of ``count`` rows to ``target[first + r stride :]``, zeros at padding."""
     for r in range(count):
+        if mask.size > 0 and mask[at + r]:
+            rows[r, :E] = F(0.0)
         row = target[first + r * stride : first + r * stride + E]
         result = target_row(row, buffer)
         for e in range(E):
-            result[e] = F(0.0) if mask.size > 0 and mask[at + r] else rows[r, e]
+            result[e] = rows[r, e]
         store_row(row, result)
 
 
@@ -101,16 +80,14 @@ def backward_kernel(storage: torch.dtype, fires: bool, divides: bool, hard_reset
         grad_q = memory(p.grad_q, T * B * L * H * E, element)
         grad_k = memory(p.grad_k, T * B * S * H * E, element)
         grad_v = memory(p.grad_v, T * B * S * H * E, element)
-        planes = planes_of(E)
-        queries, keys = np.empty((T, L), np.uint64), np.empty((T, S), np.uint64)
-        columns = np.empty((T, 1, E), np.uint64)
-        shared, sums = np.empty(S, np.uint64), np.empty(E, np.uint64)
-        h_seq, carries = np.empty((T if fires else 0, L, E), np.float32), np.empty((L, E), np.float32)
-        currents, slopes, buffer = np.empty(E, np.float32), np.empty(E, np.float32), np.empty(E, np.float32)
-        # Rows of `TILE` numbers, the last of them for what `_multiply` reads and writes beyond its rows.
+        queries, keys, values = np.empty((T, L), U), np.empty((T, S), U), np.empty((T, S), U)
+        h_seq, carries = np.empty((T if fires else 0, L, E), F), np.empty((L, E), F)
+        currents, slopes, buffer = np.empty((ROWS, TILE), F), np.empty(E, F), np.empty(E, F)
+        # Rows of `TILE` numbers, with room for what `multiply` reads and writes beyond the last.
         most = max(L, S, E) + ROWS
-        G, grad_map, counts = (np.zeros((most, TILE), F), np.zeros((most, TILE), F), np.zeros((most, TILE), F))
+        G, grad_map, counts = np.zeros((most, TILE), F), np.zeros((most, TILE), F), np.zeros((most, TILE), F)
         spikes, product, zeros = np.zeros((most, TILE), F), np.empty((most, TILE), F), np.zeros(TILE, F)
+        shared, columns = np.zeros((ROWS, S), F), np.empty((1, E), U)
         first, last = next_blocks(frame, p.pieces, p.blocks, 0)
         while first < last:
             for block in range(first, last):
@@ -119,17 +96,20 @@ def backward_kernel(storage: torch.dtype, fires: bool, divides: bool, hard_reset
                 b, h = block // H, block % H
                 carries[:] = v_rest  # first the potentials, then their gradients
                 for t in range(T):
-                    own_q, own_k, own_v = queries[t], keys[t], columns[t]
-                    if not load_tokens(p, t, b, h, q, k, v, query_mask, key_mask, own_q, own_k, own_v, buffer):
+                    own_q, own_k, own_v = queries[t], keys[t], values[t]
+                    if not load_tokens(p, t, b, h, q, k, v, query_mask, key_mask, own_q, own_k, own_v):
                         odd[0] = 1
                     if fires:
+                        unpack_rows(own_v, spikes)
                         for i in range(L):
+                            if i % ROWS == 0:
+                                attend_rows(own_q, i, own_k, spikes, is_causal, shared, zeros, currents)
+                            current = currents[i % ROWS, :E]
                             own_scale = scale[b * p.scaleB + h * p.scaleH + i * p.scaleL]
-                            attend_row(sums, own_q[i], own_k, own_v, i + 1 if is_causal else S, planes, shared)
                             for e in range(E):
-                                currents[e] = F(np.int64(sums[e])) * own_scale
+                                current[e] = current[e] * own_scale
                             step_row(
-                                currents, carries[i], h_seq[t, i], tau, v_threshold, v_rest,
+                                current, carries[i], h_seq[t, i], tau, v_threshold, v_rest,
                                 True, divides, hard_reset, False,
                             )  # fmt: skip
                 carries[:] = F(0.0)
@@ -141,29 +121,29 @@ def backward_kernel(storage: torch.dtype, fires: bool, divides: bool, hard_reset
                         if fires:
                             derivative_row(kind, h_seq[t, i], v_threshold, a, b_, slopes)
                             grad_row(
-                                grad_s, slopes, h_seq[t, i], carries[i], currents, tau, v_threshold, v_rest,
+                                grad_s, slopes, h_seq[t, i], carries[i], currents[0, :E], tau, v_threshold, v_rest,
                                 True, divides, hard_reset, detach_reset,
                             )  # fmt: skip
-                            grad_s = currents
+                            grad_s = currents[0, :E]
                         for e in range(E):
                             G[i, e] = grad_s[e] * own_scale
-                    _unpack(columns[t, 0], spikes)  # V^T
-                    _multiply(G, TILE, 1, E, L, spikes, S, zeros, grad_map)
+                    transpose(values[t], columns)
+                    unpack_rows(columns[0], spikes)
+                    multiply(G, TILE, 1, E, L, spikes, S, zeros, grad_map)
                     for i in range(L):
-                        count_row(queries[t, i], keys[t], shared)
-                        for j in range(S):
-                            seen = not is_causal or j <= i
-                            counts[i, j] = F(np.int64(shared[j])) if seen else F(0.0)
-                            grad_map[i, j] = grad_map[i, j] if seen else F(0.0)
+                        count_row(queries[t, i], keys[t], counts[i, :S])
+                        if is_causal:
+                            counts[i, i + 1 : S] = F(0.0)
+                            grad_map[i, i + 1 : S] = F(0.0)
                     token = (t * B + b) * L * H + h  # of the queries; tokens lie H rows apart
-                    _unpack(keys[t], spikes)
-                    _multiply(grad_map, TILE, 1, S, L, spikes, E, zeros, product)
+                    unpack_rows(keys[t], spikes)
+                    multiply(grad_map, TILE, 1, S, L, spikes, E, zeros, product)
                     _store_rows(grad_q, token * E, H * E, product, L, query_mask, b * L, E, buffer)
                     token = (t * B + b) * S * H + h
-                    _unpack(queries[t], spikes)
-                    _multiply(grad_map, 1, TILE, L, S, spikes, E, zeros, product)
+                    unpack_rows(queries[t], spikes)
+                    multiply(grad_map, 1, TILE, L, S, spikes, E, zeros, product)
                     _store_rows(grad_k, token * E, H * E, product, S, key_mask, b * S, E, buffer)
-                    _multiply(counts, 1, TILE, L, S, G, E, zeros, product)
+                    multiply(counts, 1, TILE, L, S, G, E, zeros, product)
                     _store_rows(grad_v, token * E, H * E, product, S, key_mask, b * S, E, buffer)
             first, last = next_blocks(frame, p.pieces, p.blocks, 1)
 
