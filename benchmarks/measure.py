@@ -7,7 +7,7 @@ others leave behind, which changes times by up to a half.
 import ctypes
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -129,10 +129,11 @@ def _status_bytes(name: str) -> int:
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
 
 
-def measure(case: Case, device: str, seconds: float) -> dict[str, object]:
-    """Times and memory of every contender of a case, as plain values."""
-    contenders = [case.ours, *case.peers]
-    row: dict[str, Any] = {"case": case.name, "sizes": case.sizes, "ours": case.ours.name, "absent": case.absent}
+def measure(case: Case, device: str, seconds: float, skip: Sequence[str] = ()) -> dict[str, object]:
+    """Times and memory of every contender, as plain values; peers with one of ``skip`` in their name are left out."""
+    peers, absent = _made(case, skip)
+    contenders = [case.ours, *peers]
+    row: dict[str, Any] = {"case": case.name, "sizes": case.sizes, "ours": case.ours.name, "absent": absent}
     row["bytes"] = {"forward": case.forward_bytes, "training": case.training_bytes}
     row["items"] = case.items
     row["peak_bytes"], row["host_s"] = {}, {}
@@ -146,6 +147,20 @@ def measure(case: Case, device: str, seconds: float) -> dict[str, object]:
             row["peak_bytes"][what] = {name: peak_bytes(runs[name], device) for name in seen}
     row["kept_bytes"] = {c.name: kept_bytes(c.output) for c in contenders if c.output is not None}
     return row
+
+
+def _made(case: Case, skip: Sequence[str]) -> tuple[list[Contender], dict[str, str]]:
+    """The peers that can run, and why each of the others is absent."""
+    made, absent = [], dict(case.absent)
+    for name, make in case.peers.items():
+        if any(part in name for part in skip):
+            absent[name] = "left out by --skip"
+            continue
+        try:
+            made.append(make())
+        except ImportError as error:
+            absent[name] = f"cannot be imported: {error}"
+    return made, absent
 
 
 def _pairs(ours: str, runs: dict[str, Callable[[], object]], device: str, seconds: float) -> dict[str, Any]:
@@ -190,3 +205,10 @@ def contender(name: str, model: Callable[[Tensor], Tensor], x: Tensor) -> Conten
             return model(x)
 
     return Contender(name, forward, training, output)
+
+
+def peers_on(
+    x: Tensor, makers: dict[str, Callable[[], Callable[[Tensor], Tensor]]]
+) -> dict[str, Callable[[], Contender]]:
+    """Peers of a case, by name, from what makes their models."""
+    return {name: lambda name=name, make=make: contender(name, make(), x) for name, make in makers.items()}

@@ -33,8 +33,8 @@ class Case:
         name: E.g. "T=32 N=262144 float32".
         sizes: The same by symbol, for plots.
         ours: The contender the ratios are for.
-        peers: The others.
-        absent: Peers that cannot run, with the reason.
+        peers: What makes the others, by name: called when their time is measured, so that one left out costs nothing.
+        absent: Peers that cannot run, with the reason; one that cannot be imported when it is made is added.
         forward_bytes: What a forward pass must move at least, for the roof; 0 where memory is not the roof.
         training_bytes: The same for forward and backward.
         items: What a run is given, e.g. ``(16, "dialogues")``, for how many of them a second takes.
@@ -43,7 +43,7 @@ class Case:
     name: str
     sizes: dict[str, int | str]
     ours: Contender
-    peers: Sequence[Contender]
+    peers: dict[str, Callable[[], Contender]]
     absent: dict[str, str] = field(default_factory=dict)
     forward_bytes: int = 0
     training_bytes: int = 0

@@ -2,6 +2,7 @@
 
     python -m benchmarks.run                                   all suites on the CPU
     python -m benchmarks.run --suite lif --device cuda
+    python -m benchmarks.run --skip norse --skip snnTorch      leaves these peers out, and the results say so
     python -m benchmarks.run --quick                           everything at size 1: do the scripts still work?
     python -m benchmarks.show                                  tables and plots of what stands in benchmarks/results
 
@@ -22,6 +23,7 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.measure import copy_bandwidth, measure
+from benchmarks.registry import Suite
 from benchmarks.show import row_summary
 from benchmarks.suites import SUITES
 
@@ -38,10 +40,14 @@ def main() -> None:
     parser.add_argument("--suite", choices=list(SUITES), action="append", help="default: all")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--quick", action="store_true", help="size 1, nothing is written")
+    parser.add_argument(
+        "--skip", action="append", default=[], metavar="PEER", help="leave out those with this in their name"
+    )
     parser.add_argument("--seconds", type=float, default=4.0, help="for each measurement")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/<machine>.json")
     options = parser.parse_args()
     suites = [SUITES[name] for name in options.suite or SUITES]
+    _check_skip(options.skip, suites, options.device)
     if not options.quick:
         tests = [test for suite in suites for test in suite.tests]
         _run_tests([CUDA_TESTS, "-k", "not sanitizer"] if options.device == "cuda" else tests)
@@ -52,13 +58,24 @@ def main() -> None:
         rows = []
         makers = suite.cases(options.device, options.quick)
         for make in tqdm(makers, desc=suite.name, disable=not sys.stderr.isatty()):
-            rows.append(measure(make(), options.device, 0.0 if options.quick else options.seconds))
+            rows.append(measure(make(), options.device, 0.0 if options.quick else options.seconds, options.skip))
             print(row_summary(rows[-1]), flush=True)
         results["suites"][suite.name] = {"machine": machine, "rows": rows}
         if not options.quick:  # after each, so that a run that is stopped leaves what it has measured
             path.parent.mkdir(exist_ok=True)
             path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
             print(f"written: {path}")
+
+
+def _check_skip(skip: list[str], suites: list[Suite], device: str) -> None:
+    """Stop where no peer has the name; the names are those of the cases of size 1."""
+    if not skip:
+        return
+    cases = [make() for suite in suites for make in suite.cases(device, True)]
+    names = dict.fromkeys(name for case in cases for name in (*case.peers, *case.absent))
+    for part in skip:
+        if not any(part in name for name in names):
+            sys.exit(f"error: --skip {part}: no peer has that in its name; the peers are {', '.join(names)}.")
 
 
 def _run_tests(tests: list[str]) -> None:

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.measure import peak_bytes
+from benchmarks.measure import contender, measure, peak_bytes
+from benchmarks.registry import Case
 from benchmarks.show import KINDS, _table, geometric_mean
 
 ROOT = Path(__file__).parent.parent
@@ -40,6 +41,36 @@ def test_the_profile_of_a_training_step_runs_at_size_1():
     parts = {line.split("|")[1].strip(): float(line.split("|")[3]) for line in lines[4:]}
     assert parts["- linear layers"] > 0
     assert parts["whole step"] > parts["- norm and neurons"] + parts["- spiking attention"] > 0
+
+
+def unavailable():
+    raise ImportError("no module")
+
+
+def test_a_peer_that_is_left_out_or_missing_is_listed_with_the_reason():
+    x = torch.ones(3)
+    makers = {name: lambda name=name: contender(name, torch.sigmoid, x) for name in ("slow peer", "peer")}
+    makers["third"] = unavailable
+    case = Case("c", {}, contender("ours", torch.sigmoid, x), makers, absent={"fourth": "too large"})
+    row = measure(case, "cpu", 0.0, skip=["slow"])
+    assert list(row["forward"]) == list(row["training"]) == ["ours", "peer"]
+    assert row["absent"] == {
+        "slow peer": "left out by --skip",
+        "third": "cannot be imported: no module",
+        "fourth": "too large",
+    }
+
+
+def test_what_is_skipped_is_not_made():
+    case = Case("c", {}, contender("ours", torch.sigmoid, torch.ones(3)), {"peer": unavailable})
+    assert measure(case, "cpu", 0.0, skip=["peer"])["absent"] == {"peer": "left out by --skip"}
+
+
+def test_leaving_out_an_unknown_peer_is_an_error_of_one_line():
+    command = [sys.executable, "-m", "benchmarks.run", "--suite", "event_linear", "--skip", "nobody"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 1
+    assert done.stderr == "error: --skip nobody: no peer has that in its name; the peers are torch.nn.Linear.\n"
 
 
 def test_ratios_are_the_peers_time_over_ours():

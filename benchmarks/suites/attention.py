@@ -6,7 +6,7 @@ import torch
 from spikingjelly.activation_based import neuron, surrogate
 from torch import Tensor
 
-from benchmarks.measure import contender
+from benchmarks.measure import contender, peers_on
 from benchmarks.registry import Case, CaseMakers, Suite
 from spikeattn import ATan, lif, spiking_attention
 
@@ -51,7 +51,10 @@ def _case(T: int, B: int, H: int, L: int, E: int, causal: bool, dtype: torch.dty
         node.reset()
         return node(product(x))
 
-    peers = {"two products + our LIF": with_our_lif, "two products + SpikingJelly 2.0.0": with_spikingjelly}
+    peers = {
+        "two products + our LIF": lambda: with_our_lif,
+        "two products + SpikingJelly 2.0.0": lambda: with_spikingjelly,
+    }
     absent = {}
     if causal and 4 * T * B * H * L * L > _MAP_BYTES:
         absent = dict.fromkeys(peers, f"its map [T, B, H, L, L] takes more than {_MAP_BYTES >> 20} MiB")
@@ -61,7 +64,7 @@ def _case(T: int, B: int, H: int, L: int, E: int, causal: bool, dtype: torch.dty
         name=f"T={T} B={B} H={H} L={L} E={E} {'causal ' if causal else ''}{storage}",
         sizes={"T": T, "B": B, "H": H, "L": L, "E": E, "dtype": storage},
         ours=contender("spikeattn", ours, x),
-        peers=[contender(name, model, x) for name, model in peers.items()],
+        peers=peers_on(x, peers),
         absent=absent,
     )
 

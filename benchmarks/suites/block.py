@@ -7,7 +7,7 @@ import torch
 from spikingjelly.activation_based import functional, neuron, surrogate
 from torch import Tensor, nn
 
-from benchmarks.measure import contender
+from benchmarks.measure import contender, peers_on
 from benchmarks.registry import Case, CaseMakers, Suite
 from spikeattn import SpikingTransformerBlock
 from spikeattn.nn.projection import SpikingLinear
@@ -78,14 +78,14 @@ def _case(name: str, T: int, B: int, L: int, D: int, heads: int, low: bool, devi
 
         return run
 
-    peers = [contender("SpikingJelly 2.0.0's parts", peer, x)]
+    peers = {"SpikingJelly 2.0.0's parts": lambda: peer}
     if low:
-        peers.append(contender("the same under bfloat16 autocast", autocast(peer), x))
+        peers["the same under bfloat16 autocast"] = lambda: autocast(peer)
     return Case(
         name=f"{name}: T={T} B={B} L={L} D={D} heads={heads} {'bfloat16 autocast' if low else 'float32'}",
         sizes={"T": T, "B": B, "L": L, "D": D, "dtype": "bfloat16" if low else "float32"},
         ours=contender("spikeattn", autocast(ours) if low else ours, x),
-        peers=peers,
+        peers=peers_on(x, peers),
     )
 
 

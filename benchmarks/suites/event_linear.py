@@ -5,7 +5,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from benchmarks.measure import contender
+from benchmarks.measure import contender, peers_on
 from benchmarks.registry import Case, CaseMakers, Suite
 from spikeattn import EventLinear
 
@@ -30,7 +30,7 @@ def _case(rows: int, inputs: int, outputs: int, rate: float, device: str) -> Cas
         name=f"{rows} rows, {inputs} to {outputs}, {what}",
         sizes={"rows": rows, "inputs": inputs, "outputs": outputs, "rate": str(rate), "dtype": "float32"},
         ours=contender("spikeattn", ours, x),
-        peers=[contender("torch.nn.Linear", theirs, x)],
+        peers=peers_on(x, {"torch.nn.Linear": lambda: theirs}),
     )
 
 

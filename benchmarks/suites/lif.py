@@ -5,7 +5,7 @@ from functools import partial
 
 import torch
 
-from benchmarks.measure import contender
+from benchmarks.measure import contender, peers_on
 from benchmarks.registry import Case, CaseMakers, Suite
 from benchmarks.suites import peers
 from spikeattn import LIF as OurLIF
@@ -36,16 +36,16 @@ def _case(T: int, N: int, dtype: torch.dtype, device: str) -> Case:
     if device == "cuda" and dtype != torch.float32:
         makers["SpikingJelly 2.0.0, fused, float32 state"] = lambda: peers.spikingjelly_fused(TAU, False)
         makers["SpikingJelly 2.0.0, fused, 16-bit state"] = lambda: peers.spikingjelly_fused(TAU, True)
-    models, absent = peers.available(makers)
-    if T > 16 and "torch.compile of the loop" in models:
-        del models["torch.compile of the loop"]
+    absent = {}
+    if T > 16:
+        del makers["torch.compile of the loop"]
         absent["torch.compile of the loop"] = "unrolls the loop: compiling T > 16 takes minutes"
     size = x.element_size()
     return Case(
         name=f"T={T} N={N} {str(dtype).removeprefix('torch.')}",
         sizes={"T": T, "N": N, "dtype": str(dtype).removeprefix("torch.")},
         ours=contender("spikeattn", ours, x),
-        peers=[contender(name, model, x) for name, model in models.items()],
+        peers=peers_on(x, makers),
         absent=absent,
         forward_bytes=2 * size * T * N,
         training_bytes=5 * size * T * N,

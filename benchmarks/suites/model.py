@@ -161,9 +161,11 @@ def _case(size: Callable[[int], Sized], device: str, low: bool) -> Case:
     dtype = "bfloat16" if low else "float32"
     autocast = device if low else None
     own = _contender("spikeattn", ours, batch, preset, autocast)
-    peers = [_contender("SpikingJelly 2.0.0's parts, float32", peer_of(ours, L), batch, preset, None)]
+    peer, theirs = peer_of(ours, L), "SpikingJelly 2.0.0's parts, float32"
+    peers = {theirs: lambda: _contender(theirs, peer, batch, preset, None)}
     if device == "cuda":
-        peers.append(replace(own, name="spikeattn without CUDA graphs"))
+        eager = replace(own, name="spikeattn without CUDA graphs")
+        peers[eager.name] = lambda: eager
         own = _contender("spikeattn", ours, batch, preset, autocast, GraphedSpikEmo(ours))
     return Case(
         name=f"{size.__name__}: {B} dialogues, {sum(lengths)} utterances, L={L}, T={T}, {dtype}",

@@ -5,7 +5,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from benchmarks.measure import contender
+from benchmarks.measure import contender, peers_on
 from benchmarks.registry import Case, CaseMakers, Suite
 from benchmarks.suites import peers
 from spikeattn import ATan, norm_lif
@@ -36,7 +36,7 @@ def _case(T: int, rows: int, D: int, dtype: torch.dtype, device: str) -> Case:
         name=f"T={T} rows={rows} D={D} {str(dtype).removeprefix('torch.')}",
         sizes={"T": T, "rows": rows, "D": D, "dtype": str(dtype).removeprefix("torch.")},
         ours=contender("spikeattn", ours, x),
-        peers=[contender("LayerNorm + SpikingJelly 2.0.0", after_norm(peers.spikingjelly_lif(TAU)), x)],
+        peers=peers_on(x, {"LayerNorm + SpikingJelly 2.0.0": lambda: after_norm(peers.spikingjelly_lif(TAU))}),
         forward_bytes=2 * x.element_size() * x.numel(),
         training_bytes=5 * x.element_size() * x.numel(),
     )

@@ -1,4 +1,4 @@
-"""The peers, each at its best setting; one that cannot run says why."""
+"""The peers, each at its best setting."""
 
 from collections.abc import Callable
 from functools import partial
@@ -80,14 +80,3 @@ def norse_lif(tau: float) -> Model:
         return layer(x)[0]
 
     return run
-
-
-def available(makers: dict[str, Callable[[], Model]]) -> tuple[dict[str, Model], dict[str, str]]:
-    """Models by name, and the reasons of those whose library is not here."""
-    models, absent = {}, {}
-    for name, make in makers.items():
-        try:
-            models[name] = make()
-        except ImportError as error:
-            absent[name] = f"cannot be imported: {error}"
-    return models, absent

@@ -42,10 +42,10 @@ def _case(T: int, before: int, D: int, heads: int, device: str) -> Case:
         name=f"utterance {before + 1}: T={T} D={D} depth={DEPTH} float32",
         sizes={"T": T, "L": before + 1, "D": D, "dtype": "float32"},
         ours=Contender("spikeattn, step", without_grad(step)),
-        peers=[
-            Contender("spikeattn, whole prefix", without_grad(lambda: ours(x))),
-            Contender("SpikingJelly 2.0.0's parts, whole prefix", without_grad(lambda: peer(x))),
-        ],
+        peers={
+            name: partial(Contender, name, without_grad(partial(model, x)))
+            for name, model in (("spikeattn, whole prefix", ours), ("SpikingJelly 2.0.0's parts, whole prefix", peer))
+        },
         items=(1, "utterances"),
     )
 
