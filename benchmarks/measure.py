@@ -1,4 +1,4 @@
-"""Interleaved timing: ours and one peer, A B A B ..., on the same inputs, in one process.
+"""Interleaved timing: ours and one peer, A B A B ..., on the same inputs.
 
 One pair after another: with all peers in one round, each would be timed on the caches, the heap and the memory that the
 others leave behind, which changes times by up to a half.
@@ -8,14 +8,14 @@ import ctypes
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from benchmarks.registry import Case, Contender
-from spikeattn._cpu import memory
+from benchmarks.registry import CannotRun, Case, Contender
 
 _L2_BYTES = 256 * 2**20
 _AHEAD = 2_000_000  # clock cycles, about a millisecond
@@ -38,20 +38,24 @@ class Times(NamedTuple):
         return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
 
 
-def interleaved(runs: dict[str, Callable[[], object]], device: str, seconds: float, most: int = 50) -> dict[str, Times]:
-    """Time each of ``runs`` in turn, round after round, until ``seconds`` have gone by (three rounds at least)."""
-    clock = _cuda_seconds if device == "cuda" else _cpu_seconds
-    first = {name: clock(run) for name, run in runs.items()}
-    for run in runs.values():
-        clock(run)  # warm-up: caches, thread pools, allocator
-    samples: dict[str, list[float]] = {name: [] for name in runs}
+def interleaved(timed: dict[str, Callable[[], float]], seconds: float, most: int = 50) -> dict[str, Times]:
+    """Run each of ``timed``, which return seconds, in turn until ``seconds`` have gone by (three rounds at least)."""
+    first = {name: run() for name, run in timed.items()}
+    for run in timed.values():
+        run()  # warm-up: caches, thread pools, allocator
+    samples: dict[str, list[float]] = {name: [] for name in timed}
     end = time.perf_counter() + seconds
     for rounds in range(most):
         if rounds >= 3 and time.perf_counter() > end:
             break
-        for name, run in runs.items():
-            samples[name].append(clock(run))
-    return {name: Times(first[name], samples[name]) for name in runs}
+        for name, run in timed.items():
+            samples[name].append(run())
+    return {name: Times(first[name], samples[name]) for name in timed}
+
+
+def clock_of(device: str) -> Callable[[Callable[[], object]], float]:
+    """What runs something on the device and returns its seconds."""
+    return _cuda_seconds if device == "cuda" else _cpu_seconds
 
 
 def _cpu_seconds(run: Callable[[], object]) -> float:
@@ -99,12 +103,14 @@ def kept_bytes(output: Callable[[], Tensor]) -> int:
 def copy_bandwidth(device: str, nbytes: int = 2**28) -> float:
     """Bytes read and written a second by a copy of ``nbytes``, on this machine, now."""
     a, b = (torch.ones(nbytes // 4, device=device) for _ in range(2))
-    times = interleaved({"copy": lambda: b.copy_(a)}, device, seconds=1.0)["copy"]
+    times = interleaved({"copy": partial(clock_of(device), lambda: b.copy_(a))}, seconds=1.0)["copy"]
     return 2 * nbytes / times.median
 
 
 def peak_bytes(run: Callable[[], object], device: str) -> int | None:
     """The most memory that ``run`` has in use beyond what was in use before; None where nothing tells."""
+    from spikeattn._cpu import memory  # here: beside another version of spikingjelly, this module has no spikeattn
+
     if device == "cuda":
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
@@ -136,15 +142,17 @@ def measure(case: Case, device: str, seconds: float, skip: Sequence[str] = ()) -
     row: dict[str, Any] = {"case": case.name, "sizes": case.sizes, "ours": case.ours.name, "absent": absent}
     row["bytes"] = {"forward": case.forward_bytes, "training": case.training_bytes}
     row["items"] = case.items
+    clock = clock_of(device)
     row["peak_bytes"], row["host_s"] = {}, {}
     for what in ("forward", "training"):
-        runs = {c.name: run for c in contenders if (run := getattr(c, what)) is not None}
+        runs = {c: run for c in contenders if (run := getattr(c, what)) is not None}
         if runs:
-            row[what] = _pairs(case.ours.name, runs, device, seconds)
+            timed = {c.name: run if c.times_itself else partial(clock, run) for c, run in runs.items()}
+            row[what] = _pairs(case.ours.name, timed, seconds)
+            here = {c: run for c, run in runs.items() if not c.times_itself}
             if device == "cuda":
-                row["host_s"][what] = {name: host_seconds(run) for name, run in runs.items()}
-            seen = [c.name for c in contenders if c.name in runs and c.counts_memory]
-            row["peak_bytes"][what] = {name: peak_bytes(runs[name], device) for name in seen}
+                row["host_s"][what] = {c.name: host_seconds(run) for c, run in here.items()}
+            row["peak_bytes"][what] = {c.name: peak_bytes(run, device) for c, run in here.items() if c.counts_memory}
     row["kept_bytes"] = {c.name: kept_bytes(c.output) for c in contenders if c.output is not None}
     return row
 
@@ -160,16 +168,18 @@ def _made(case: Case, skip: Sequence[str]) -> tuple[list[Contender], dict[str, s
             made.append(make())
         except ImportError as error:
             absent[name] = f"cannot be imported: {error}"
+        except CannotRun as error:
+            absent[name] = str(error)
     return made, absent
 
 
-def _pairs(ours: str, runs: dict[str, Callable[[], object]], device: str, seconds: float) -> dict[str, Any]:
+def _pairs(ours: str, timed: dict[str, Callable[[], float]], seconds: float) -> dict[str, Any]:
     """Times of every contender; each peer's beside ours, whose median in that pair is its ``ours_s``."""
     measured: dict[str, Any] = {}
     own: list[Times] = []
-    peers = [name for name in runs if name != ours]
+    peers = [name for name in timed if name != ours]
     for pair in [(ours, peer) for peer in peers] or [(ours,)]:
-        times = interleaved({name: runs[name] for name in pair}, device, seconds)
+        times = interleaved({name: timed[name] for name in pair}, seconds)
         own.append(times[ours])
         measured |= {name: {**_plain(t), "ours_s": own[-1].median} for name, t in times.items() if name != ours}
     all_own = Times(own[0].first, [sample for times in own for sample in times.samples])

@@ -16,6 +16,8 @@ class Contender:
         training: Runs forward and backward; returns nothing. None where there is only inference.
         output: Of one forward pass with gradients, so that what is kept for the backward can be counted.
         counts_memory: Whether its peak can be seen; the memory of a CUDA graph was taken when it was captured.
+        times_itself: Whether ``forward`` and ``training`` return their seconds, as those of another process do, whose
+            memory and host nobody sees here.
     """
 
     name: str
@@ -23,6 +25,11 @@ class Contender:
     training: Callable[[], object] | None = None
     output: Callable[[], Tensor] | None = None
     counts_memory: bool = True
+    times_itself: bool = False
+
+
+class CannotRun(Exception):
+    """Raised where a peer is made; its message is the reason that the results give for its absence."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +41,7 @@ class Case:
         sizes: The same by symbol, for plots.
         ours: The contender the ratios are for.
         peers: What makes the others, by name: called when their time is measured, so that one left out costs nothing.
-        absent: Peers that cannot run, with the reason; one that cannot be imported when it is made is added.
+        absent: Peers that cannot run, with the reason; those whose making fails are added.
         forward_bytes: What a forward pass must move at least, for the roof; 0 where memory is not the roof.
         training_bytes: The same for forward and backward.
         items: What a run is given, e.g. ``(16, "dialogues")``, for how many of them a second takes.

@@ -6,7 +6,8 @@
     python -m benchmarks.run --quick                           everything at size 1: do the scripts still work?
     python -m benchmarks.show                                  tables and plots of what stands in benchmarks/results
 
-A red test prints no time.
+A red test prints no time. SpikingJelly 0.0.0.0.14 is a peer where $OLD_SPIKINGJELLY is a folder that holds it, made by
+`pip install --no-deps --target FOLDER spikingjelly==0.0.0.0.14`.
 """
 
 import argparse

@@ -15,14 +15,15 @@ PAGE, PLOTS = ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "benchmarks"
 _INTRODUCTION = """# Benchmarks
 
 Written by `python -m benchmarks.show` from `benchmarks/results/`; numbers are measured by `python -m benchmarks.run`.
-Ours and one peer are timed alternately in one process on the same inputs, one peer after another; a ratio is that of
-the medians of such a pair; above 1 ours is faster. A time is the median, with the 20th and 80th percentile in brackets;
+Ours and one peer are timed alternately on the same inputs, one peer after another; a ratio is that of the medians of
+such a pair; above 1 ours is faster. A time is the median, with the 20th and 80th percentile in brackets;
 compilation and warm-up are left out, the first call that holds them stands below the tables. *kept* is what autograd
 holds for the backward, *peak* the most memory in use beyond what was in use before; after a peer's ratio the same two,
 in MB. A GPU is timed with the host up to a millisecond ahead, as it is in the middle of a training step; how long the
 host itself takes for a call stands below the tables; what takes it longer, such as a Python loop over T,
 is timed by it. SpikingJelly's module runs such a loop for 16-bit inputs; its fused kernels for them have columns of
-their own."""
+their own. SpikingJelly 0.0.0.0.14, where a table has it, is timed by the same clocks in a process of its own, whose
+memory is not counted; on a GPU its CuPy backend takes float32, its loop bfloat16."""
 
 
 def row_summary(row: Row) -> str:

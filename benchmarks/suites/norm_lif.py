@@ -1,4 +1,4 @@
-"""LayerNorm and LIF over T steps: ours in one pass, against torch's LayerNorm and SpikingJelly's LIF."""
+"""LayerNorm and LIF over T steps: ours in one pass, against torch's LayerNorm and two SpikingJellys' LIF."""
 
 from functools import partial
 
@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.measure import contender, peers_on
+from benchmarks.old_spikingjelly import NAME, old_lif
 from benchmarks.registry import Case, CaseMakers, Suite
 from benchmarks.suites import peers
 from spikeattn import ATan, norm_lif
@@ -32,11 +33,15 @@ def _case(T: int, rows: int, D: int, dtype: torch.dtype, device: str) -> Case:
     def after_norm(neuron: peers.Model) -> peers.Model:
         return lambda x: neuron(nn.functional.layer_norm(x, (D,), weight.to(x.dtype), bias.to(x.dtype)))
 
+    new, old = "LayerNorm + SpikingJelly 2.0.0", f"LayerNorm + {NAME}"
     return Case(
         name=f"T={T} rows={rows} D={D} {str(dtype).removeprefix('torch.')}",
         sizes={"T": T, "rows": rows, "D": D, "dtype": str(dtype).removeprefix("torch.")},
         ours=contender("spikeattn", ours, x),
-        peers=peers_on(x, {"LayerNorm + SpikingJelly 2.0.0": lambda: after_norm(peers.spikingjelly_lif(TAU))}),
+        peers={
+            **peers_on(x, {new: lambda: after_norm(peers.spikingjelly_lif(TAU))}),
+            old: partial(old_lif, old, x, TAU, (weight, bias)),
+        },
         forward_bytes=2 * x.element_size() * x.numel(),
         training_bytes=5 * x.element_size() * x.numel(),
     )
