@@ -17,8 +17,10 @@ from pathlib import Path
 from spikemo_model import SpikEmo
 from spikemo_model.conversation import Utterance
 from spikemo_model.data import Corpus
+from spikemo_model.hub import Origin
 from spikemo_model.job import Job, locate, run_job
 from spikemo_model.live import LiveConversation
+from spikemo_model.prediction import fit
 
 
 def play(model: SpikEmo, corpus: Corpus, dialogues: int, pause: float) -> None:
@@ -27,13 +29,7 @@ def play(model: SpikEmo, corpus: Corpus, dialogues: int, pause: float) -> None:
         live = LiveConversation(model)
         print(f"\n{dialogue.id}")
         for i, speaker in enumerate(dialogue.speakers):
-            features = {}
-            for name in model.config.modalities:
-                x = dialogue.features[name][i]
-                if name in corpus.standardised:  # a live conversation brings features as their extractor gives them
-                    mean, std = corpus.standardised[name]
-                    x = x * std.nan_to_num(posinf=0.0) + mean
-                features[name] = x
+            features = {name: x[i] for name, x in dialogue.features.items()}
             text = dialogue.texts[i] if dialogue.texts else ""
             start = time.perf_counter()
             emotions = live.add(Utterance(speaker, text, features))
@@ -63,6 +59,8 @@ def main(argv: list[str] | None = None) -> None:
                 job = Job(data_dir=options.data_dir, modalities=("text",), epochs=options.epochs, causal=True)
                 run_job(job, Path(folder))
                 model = SpikEmo.from_pretrained(Path(folder) / "seed0")
+        corpus = fit(corpus, model.config, model.origin)
+        model.origin = Origin()  # features are standardised already
         play(model, corpus, options.dialogues, options.pause)
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")

@@ -23,8 +23,8 @@ class Utterance:
     Args:
         speaker: Any name; each new one is a new party.
         text: The transcript; may be empty.
-        features: By modality, [F], as its extractor gives them, not standardised. A modality may be left out where
-            the model remembers its extractor.
+        features: By modality, [F], as its extractor gives them, neither standardised nor reduced. A modality may be
+            left out where the model remembers its extractor.
         clip: Sound or video of the utterance, for the extractors of audio and visual features.
         where: Where it was read, for messages.
 

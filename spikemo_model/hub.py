@@ -28,6 +28,7 @@ class Origin:
         extractors: By modality, what made its features: "name", and its settings.
         scores: Scores on the test split, in percent, by name.
         standardised: By modality, mean [F] and standard deviation [F] that `SpikEmo.predict` takes out of features.
+        reduced: By modality, centre [F] and axes [F, K] by which it then brings them to the width K of the model.
     """
 
     data: str = ""
@@ -35,13 +36,21 @@ class Origin:
     extractors: dict[str, dict[str, Any]] = field(default_factory=dict)
     scores: dict[str, float] = field(default_factory=dict)
     standardised: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    reduced: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def raw_widths(self, config: SpikEmoConfig) -> dict[str, int]:
+        """Width of the features that `SpikEmo.predict` takes, by modality: before any reduction."""
+        return {
+            name: len(self.reduced[name][0]) if name in self.reduced else modality.features
+            for name, modality in config.modalities.items()
+        }
 
 
 class Pretrained(nn.Module):
     """A model that is saved to and loaded from model directories, and pushed to the Hugging Face Hub.
 
     A directory holds ``config.json``, ``model.safetensors``, a model card ``README.md`` and, where features were
-    standardised, ``standardised.safetensors``. A finished run of `spikemo_model.training.train` is one, too.
+    standardised or reduced, ``standardised.safetensors``. A finished run of `spikemo_model.training.train` is one, too.
 
     Args:
         config: The configuration.
@@ -69,23 +78,30 @@ class Pretrained(nn.Module):
             folder = _download(os.fspath(name_or_folder), revision)
         values = _read_config(folder)
         weights = _read_tensors(folder / _WEIGHTS)
-        constants = _read_tensors(folder / _CONSTANTS) if values.get("standardised") else {}
+        changed = values.get("standardised") or values.get("reduced")
+        constants = _read_tensors(folder / _CONSTANTS) if changed else {}
         try:
             model = cls(from_dict(SpikEmoConfig, values["model"]))
-            names = list(values["standardised"])
-            widths = {name: model.config.modalities[name].features for name in names}
-            known = {f.name: values[f.name] for f in fields(Origin)}
+            widths = {name: modality.features for name, modality in model.config.modalities.items()}
+            raw = widths | values.get("reduced", {})  # by modality, the width before
+            shapes: dict[str, tuple[int, ...]] = {
+                f"{what}/{m}": (raw[m],) for m in values["standardised"] for what in ("mean", "std")
+            }
+            for m in values.get("reduced", {}):
+                shapes |= {f"centre/{m}": (raw[m],), f"axes/{m}": (raw[m], widths[m])}
+            known = {f.name: values[f.name] for f in fields(Origin) if f.name not in ("standardised", "reduced")}
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(
                 f"from_pretrained: {folder / _CONFIG} does not fit this version ({error!r}). Save the model again."
             ) from error
-        _check(
-            folder / _CONSTANTS, {f"{what}/{m}": (n,) for m, n in widths.items() for what in ("mean", "std")}, constants
-        )
+        _check(folder / _CONSTANTS, shapes, constants)
         _check(folder / _WEIGHTS, {name: tuple(x.shape) for name, x in model.state_dict().items()}, weights)
         model.load_state_dict(weights, assign=True)
-        pairs = {name: (constants[f"mean/{name}"], constants[f"std/{name}"]) for name in names}
-        model.origin = Origin(**{**known, "standardised": pairs})
+        model.origin = Origin(
+            **known,
+            standardised={m: (constants[f"mean/{m}"], constants[f"std/{m}"]) for m in values["standardised"]},
+            reduced={m: (constants[f"centre/{m}"], constants[f"axes/{m}"]) for m in values.get("reduced", {})},
+        )
         return model.eval()
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
@@ -146,9 +162,12 @@ class Pretrained(nn.Module):
 
         config = {"format": _FORMAT, "model": to_dict(self.config), **asdict(self.origin), **more}
         config["standardised"] = list(self.origin.standardised)
+        config["reduced"] = {name: len(centre) for name, (centre, _) in self.origin.reduced.items()}
         constants: dict[str, Tensor] = {}
         for name, (mean, std) in self.origin.standardised.items():
             constants |= {f"mean/{name}": mean, f"std/{name}": std}
+        for name, (centre, axes) in self.origin.reduced.items():
+            constants |= {f"centre/{name}": centre, f"axes/{name}": axes}
         return {
             _CARD: self._card().encode("utf-8"),
             **({_CONSTANTS: save(constants)} if constants else {}),
@@ -165,7 +184,7 @@ class Pretrained(nn.Module):
         )
         parameters = sum(p.numel() for p in self.parameters())
         return environment.get_template("model_card.md").render(
-            config=self.config, origin=self.origin, parameters=parameters
+            config=self.config, origin=self.origin, raw=self.origin.raw_widths(self.config), parameters=parameters
         )
 
 

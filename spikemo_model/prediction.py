@@ -11,20 +11,30 @@ from torch import Tensor
 
 from spikemo_model.config import SpikEmoConfig
 from spikemo_model.conversation import ConversationError, Utterance
-from spikemo_model.data.corpus import Conversation, Corpus, DataError, scaled_by, standardise_by
+from spikemo_model.data.corpus import (
+    Conversation,
+    Corpus,
+    DataError,
+    reduce_by,
+    reduced_by,
+    scaled_by,
+    standardise_by,
+)
 from spikemo_model.data.text import text_features
 from spikemo_model.hub import Origin
 
+_Constants = dict[str, tuple[Tensor, Tensor]]
+
 
 def prepare(utterances: Sequence[Utterance], config: SpikEmoConfig, origin: Origin) -> Conversation:
-    """Features of the modalities of a configuration, checked, extracted where they are not given, and standardised.
+    """Features of the modalities of a configuration, checked, extracted where they are not given, as it reads them.
 
     With ``modality_dropout``, a modality that no utterance has is left out.
 
     Args:
         utterances: At least one.
         config: Of the model.
-        origin: Of the model: its extractors and what it standardises.
+        origin: Of the model: its extractors, and how it standardises and reduces.
 
     Raises:
         ConversationError: Features are missing and cannot be made, or are not finite or of another width.
@@ -48,48 +58,52 @@ def prepare(utterances: Sequence[Utterance], config: SpikEmoConfig, origin: Orig
         texts=tuple(u.text for u in named),
     )
     features = {}
-    for name, modality in config.modalities.items():
+    for name, width in origin.raw_widths(config).items():
         if config.modality_dropout and not any(_has(u, name, origin) for u in named):
             continue
         rows = _rows(name, named, dialogue, origin)
-        x = torch.stack(
-            [_checked(row, modality.features, f"{u.where}: {name}") for row, u in zip(rows, named, strict=True)]
-        )
-        features[name] = scaled_by(x, origin.standardised[name]) if name in origin.standardised else x
+        x = torch.stack([_checked(row, width, f"{u.where}: {name}") for row, u in zip(rows, named, strict=True)])
+        x = scaled_by(x, origin.standardised[name]) if name in origin.standardised else x
+        features[name] = reduced_by(x, origin.reduced[name]) if name in origin.reduced else x
     if not features:
         raise ConversationError(f"predict: no utterance has {' or '.join(config.modalities)} features. Give some.")
     return replace(dialogue, features=features)
 
 
 def fit(corpus: Corpus, config: SpikEmoConfig, origin: Origin) -> Corpus:
-    """The modalities of a configuration, standardised as its model has learned them.
+    """The modalities of a configuration, standardised and reduced as its model has learned them.
 
     Args:
-        corpus: With raw features, or standardised on the training split of the model.
+        corpus: With raw features, or standardised, and then reduced, on the training split of the model.
         config: Of the model.
         origin: Of the model.
 
     Raises:
-        ValueError: Modalities, widths or classes are others, or the corpus is standardised in another way.
+        ValueError: Modalities, widths or classes are others, or the corpus is standardised or reduced in another way.
     """
     corpus = corpus.select(list(config.modalities))
-    widths = {name: modality.features for name, modality in config.modalities.items()}
+    raw = origin.raw_widths(config)
+    widths = {m: own.features if m in corpus.reduced else raw[m] for m, own in config.modalities.items()}
     if corpus.widths != widths or corpus.classes != config.classes:
         raise ValueError(
             f"{corpus.name} has features {corpus.widths} and the classes {corpus.classes}, the model wants {widths} "
             f"and {config.classes}. Choose the data and text features that it was trained on."
         )
-    scale = {}
-    for name in origin.about:
-        own, wanted = corpus.standardised.get(name), origin.standardised.get(name)
-        if own is None and wanted is not None:
-            scale[name] = wanted
-        elif own is not None and (wanted is None or not all(map(torch.equal, own, wanted))):
+    known = [name for name in corpus.about if name in origin.about]
+    scales = _left(corpus, "standardised", corpus.standardised, origin.standardised, known)
+    reductions = _left(corpus, "reduced", corpus.reduced, origin.reduced, known)
+    return reduce_by(standardise_by(corpus, scales), reductions)
+
+
+def _left(corpus: Corpus, how: str, done: _Constants, wanted: _Constants, modalities: Sequence[str]) -> _Constants:
+    """What is ``wanted`` of ``modalities`` and not ``done``; what is done must be as wanted."""
+    for name in modalities:
+        if name in done and not (name in wanted and all(map(torch.equal, done[name], wanted[name]))):
             raise ValueError(
-                f"{corpus.name}: {name} features are standardised in another way than those that the model was "
-                "trained on. Choose the data and text features that it was trained on."
+                f"{corpus.name}: {name} features are {how} in another way than those that the model was trained on. "
+                "Choose the data and text features that it was trained on."
             )
-    return standardise_by(corpus, scale)
+    return {name: wanted[name] for name in modalities if name in wanted and name not in done}
 
 
 def _has(utterance: Utterance, modality: str, origin: Origin) -> bool:
@@ -114,7 +128,7 @@ def _rows(modality: str, utterances: Sequence[Utterance], dialogue: Conversation
             made = list(text_features({"conversation": list(dialogue.texts)}, encoder).rows["conversation"])
         case {"name": "ContextEncoder", "encoder": encoder, "max_tokens": max_tokens}:
             made = list(_context_encoder(encoder, max_tokens).features(dialogue))
-        case {"name": "functionals" | "FaceEncoder"} if "reduced_to" not in settings:
+        case {"name": "functionals" | "FaceEncoder"} if modality in origin.reduced or "reduced_to" not in settings:
             made = [_of_clip(u, modality, settings) if x is None else x for x, u in zip(given, utterances, strict=True)]
         case _:
             raise ConversationError(

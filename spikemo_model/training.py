@@ -385,6 +385,7 @@ def _origin(corpus: Corpus, test: Scores) -> Origin:
         extractors={name: made for name, made in corpus.extractors.items() if name in corpus.about},
         scores={"weighted F1": test.weighted_f1, "accuracy": test.accuracy},
         standardised={name: x for name, x in corpus.standardised.items() if name in corpus.about},
+        reduced={name: x for name, x in corpus.reduced.items() if name in corpus.about},
     )
 
 

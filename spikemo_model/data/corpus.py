@@ -1,6 +1,6 @@
 """Conversations in memory: what every reader returns and everything else works on."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -62,7 +62,8 @@ class Corpus:
         splits: Conversations by "train", "valid" and "test".
         about: What each modality's features are, by modality; goes into the report.
         notes: What a reader of the results must know; goes into the report.
-        standardised: Mean and standard deviation that were taken out of each modality (`standardise`).
+        standardised: Mean [F] and standard deviation [F] that were taken out of each modality (`standardise`).
+        reduced: Centre [F] and axes [F, K] by which each modality was then brought from width F to K (`reduced_by`).
         extractors: By modality, what made its features and can make them for other conversations: "name", and its
             settings, as JSON has them; a modality of which that is not known is left out.
 
@@ -77,6 +78,7 @@ class Corpus:
     about: dict[str, str]
     notes: tuple[str, ...] = ()
     standardised: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    reduced: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     extractors: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -149,7 +151,13 @@ def standardise(corpus: Corpus, modalities: Sequence[str]) -> Corpus:
 
     Returns:
         The corpus with those features changed; a feature that is constant in training becomes 0.
+
+    Raises:
+        DataError: One of them is reduced already.
     """
+    late = [name for name in modalities if name in corpus.reduced]
+    if late:
+        raise DataError(f"{corpus.name}: {late[0]} is reduced already. Standardise before the reduction.")
     constants = {}
     for name in modalities:
         x = torch.cat([d.features[name] for d in corpus.splits["train"]]).double()
@@ -160,13 +168,25 @@ def standardise(corpus: Corpus, modalities: Sequence[str]) -> Corpus:
 
 def standardise_by(corpus: Corpus, constants: dict[str, tuple[Tensor, Tensor]]) -> Corpus:
     """The corpus with the mean [F] and standard deviation [F] of ``constants`` taken out of those modalities."""
+    return replace(_changed(corpus, scaled_by, constants), standardised={**corpus.standardised, **constants})
 
-    def scaled(d: Conversation) -> Conversation:
-        changed = {name: scaled_by(d.features[name], own) for name, own in constants.items()}
-        return replace(d, features={**d.features, **changed})
 
-    splits = {split: tuple(map(scaled, dialogues)) for split, dialogues in corpus.splits.items()}
-    return replace(corpus, splits=splits, standardised={**corpus.standardised, **constants})
+def reduce_by(corpus: Corpus, constants: dict[str, tuple[Tensor, Tensor]]) -> Corpus:
+    """The corpus with the modalities of ``constants`` reduced by their centre [F] and axes [F, K]."""
+    return replace(_changed(corpus, reduced_by, constants), reduced={**corpus.reduced, **constants})
+
+
+def _changed(
+    corpus: Corpus,
+    change: Callable[[Tensor, tuple[Tensor, Tensor]], Tensor],
+    constants: dict[str, tuple[Tensor, Tensor]],
+) -> Corpus:
+    """The corpus with ``change`` by ``constants`` made to the features of their modalities."""
+
+    def changed(d: Conversation) -> Conversation:
+        return replace(d, features={**d.features, **{m: change(d.features[m], own) for m, own in constants.items()}})
+
+    return replace(corpus, splits={split: tuple(map(changed, own)) for split, own in corpus.splits.items()})
 
 
 def scaled_by(x: Tensor, constants: tuple[Tensor, Tensor]) -> Tensor:
@@ -176,6 +196,12 @@ def scaled_by(x: Tensor, constants: tuple[Tensor, Tensor]) -> Tensor:
     """
     mean, std = constants
     return ((x - mean) / std).clamp(-5.0, 5.0)
+
+
+def reduced_by(x: Tensor, constants: tuple[Tensor, Tensor]) -> Tensor:
+    """Features [rows, F] as coordinates [rows, K] along axes [F, K], from a centre [F]."""
+    centre, axes = constants
+    return (x - centre) @ axes
 
 
 def collate(dialogues: Sequence[Conversation]) -> DialogueBatch:

@@ -21,8 +21,9 @@ def save_corpus(corpus: Corpus, folder: Path) -> None:
     """Write ``corpus`` to a new ``folder``; it appears complete or not at all.
 
     Layout: ``features.safetensors`` holds ``<split>/<modality>`` [utterances, F] and ``<split>/labels``, and
-    ``mean/<modality>`` and ``std/<modality>`` [F] of what was standardised; ``index.json`` names the dialogues of each
-    split in the order of the rows.
+    ``mean/<modality>`` and ``std/<modality>`` [F] of what was standardised, ``centre/<modality>`` [F] and
+    ``axes/<modality>`` [F, K] of what was reduced; ``index.json`` names the dialogues of each split in the order of
+    the rows.
 
     Raises:
         FileExistsError: ``folder`` is there already.
@@ -49,6 +50,8 @@ def save_corpus(corpus: Corpus, folder: Path) -> None:
             tensors[f"{split}/{name}"] = torch.cat([d.features[name] for d in dialogues])
     for name, (mean, std) in corpus.standardised.items():
         tensors |= {f"mean/{name}": mean, f"std/{name}": std}
+    for name, (centre, axes) in corpus.reduced.items():
+        tensors |= {f"centre/{name}": centre, f"axes/{name}": axes}
     folder.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
@@ -87,12 +90,13 @@ def load_corpus(folder: Path) -> Corpus:
         splits = {split: _read_split(index, tensors, split) for split in SPLITS}
         parts = index["name"], tuple(index["classes"]), splits, index["about"], tuple(index["notes"])
         extractors = index.get("extractors", {})
-        constants = {m: (tensors[f"mean/{m}"], tensors[f"std/{m}"]) for m in index["about"] if f"mean/{m}" in tensors}
+        scales = {m: (tensors[f"mean/{m}"], tensors[f"std/{m}"]) for m in index["about"] if f"mean/{m}" in tensors}
+        reduced = {m: (tensors[f"centre/{m}"], tensors[f"axes/{m}"]) for m in index["about"] if f"axes/{m}" in tensors}
     except (KeyError, TypeError, RuntimeError) as error:
         raise DataError(
             f"feature store: {folder / _INDEX} and {_FEATURES} do not fit together ({error!r}). Make the store again."
         ) from error
-    return Corpus(*parts, constants, extractors)
+    return Corpus(*parts, scales, reduced, extractors)
 
 
 def _read_split(index: dict[str, Any], tensors: dict[str, torch.Tensor], split: str) -> tuple[Conversation, ...]:

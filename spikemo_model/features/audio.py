@@ -9,7 +9,7 @@ import torch
 from sklearn.decomposition import PCA
 from torch import Tensor
 
-from spikemo_model.data.corpus import Corpus, DataError
+from spikemo_model.data.corpus import Corpus, DataError, reduce_by
 from spikemo_model.features.media import SAMPLE_RATE, read_audio
 
 # openSMILE's longest window is 60 ms.
@@ -46,12 +46,14 @@ def reduce_width(corpus: Corpus, modality: str, width: int) -> Corpus:
         width: Components kept, those of the largest variance.
 
     Returns:
-        The corpus with those features changed; what was standardised is forgotten, since raw features do not become
-        these by it.
+        The corpus with those features changed, and with centre and axes of the reduction for features to come.
 
     Raises:
-        ValueError: ``width`` is larger than the features' width or the number of training utterances.
+        ValueError: ``width`` is larger than the features' width or the number of training utterances, or the modality
+            is reduced already.
     """
+    if modality in corpus.reduced:
+        raise ValueError(f"reduce_width: {modality} is reduced already. Start from features as they were before.")
     x = torch.cat([d.features[modality] for d in corpus.splits["train"]])
     if not 1 <= width <= min(x.shape):
         raise ValueError(
@@ -59,18 +61,10 @@ def reduce_width(corpus: Corpus, modality: str, width: int) -> Corpus:
             f"{modality} features, got {width}."
         )
     pca = PCA(width, random_state=0).fit(x.numpy())
-    splits = {
-        split: tuple(
-            replace(d, features={**d.features, modality: torch.from_numpy(pca.transform(d.features[modality].numpy()))})
-            for d in dialogues
-        )
-        for split, dialogues in corpus.splits.items()
-    }
+    axes = torch.from_numpy(pca.components_.T.copy()).float()
     return replace(
-        corpus,
-        splits=splits,
+        reduce_by(corpus, {modality: (torch.from_numpy(pca.mean_).float(), axes)}),
         about={**corpus.about, modality: f"{corpus.about[modality]}, reduced to {width} by PCA on train"},
-        standardised={name: constants for name, constants in corpus.standardised.items() if name != modality},
         extractors={**corpus.extractors, modality: {**corpus.extractors.get(modality, {}), "reduced_to": width}},
     )
 

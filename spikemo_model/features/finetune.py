@@ -161,6 +161,7 @@ def finetune_text(
         splits=splits,
         about={**corpus.about, "text": describe(tuned)},
         standardised={name: constants for name, constants in corpus.standardised.items() if name != "text"},
+        reduced={name: constants for name, constants in corpus.reduced.items() if name != "text"},
         extractors={**corpus.extractors, "text": tuned},
     )
     save_corpus(result, out / "features")

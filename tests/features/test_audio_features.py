@@ -9,6 +9,7 @@ import torch
 from feature_helpers import write_clip
 
 from spikemo_model.data import DataError, standardise, synthetic_corpus
+from spikemo_model.data.corpus import reduced_by
 from spikemo_model.features.audio import functionals, reduce_width
 from spikemo_model.features.media import read_audio
 
@@ -83,7 +84,9 @@ def test_a_reduction_is_fitted_on_train_alone_and_keeps_the_most_variance():
     )
     other = reduce_width(replace(corpus, splits={**corpus.splits, "test": doubled}), "audio", 5)
     assert torch.equal(other.splits["train"][0].features["audio"], reduced.splits["train"][0].features["audio"])
-    assert "audio" not in reduced.standardised
+    assert reduced.standardised.keys() == {"audio"}  # what the reduction is after
+    own = reduced_by(corpus.splits["test"][0].features["audio"], reduced.reduced["audio"])
+    assert torch.equal(own, reduced.splits["test"][0].features["audio"])
     assert reduced.about["audio"].endswith("reduced to 5 by PCA on train")
     assert reduced.extractors["audio"]["reduced_to"] == 5
 
@@ -94,3 +97,8 @@ def test_a_width_that_cannot_be_had_is_an_error():
         ValueError, match=r"width must be 1 \.\.\. \d+ for \d+ training utterances x \d+ audio .*got 999"
     ):
         reduce_width(corpus, "audio", 999)
+    reduced = reduce_width(corpus, "audio", 3)
+    with pytest.raises(ValueError, match="audio is reduced already"):
+        reduce_width(reduced, "audio", 2)
+    with pytest.raises(DataError, match=r"audio is reduced already\. Standardise before"):
+        standardise(reduced, ["text", "audio"])

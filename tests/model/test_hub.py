@@ -23,7 +23,11 @@ def a_model():
         about={"text": "of an encoder", "audio": "prosody"},
         extractors={"text": {"name": "encoder_features", "encoder": "tiny"}},
         scores={"weighted F1": 61.234},
-        standardised={"audio": (torch.randn(3), torch.tensor([0.1, 2.0, torch.inf]))},
+        standardised={
+            "audio": (torch.randn(3), torch.tensor([0.1, 2.0, torch.inf])),
+            "visual": (torch.randn(9), torch.rand(9)),
+        },
+        reduced={"visual": (torch.randn(9), torch.randn(9, 5))},
     )
     return model
 
@@ -49,9 +53,13 @@ def test_a_model_comes_back_with_the_same_bits(tmp_path, dtype):
     assert all(p.requires_grad for p in loaded.parameters())
     batch = random_batch([4, 2], dtype=dtype)
     assert torch.equal(loaded(batch).logits, model(batch).logits)
-    assert replace(loaded.origin, standardised={}) == replace(model.origin, standardised={})
-    assert loaded.origin.standardised.keys() == {"audio"}
-    assert all(map(torch.equal, loaded.origin.standardised["audio"], model.origin.standardised["audio"]))
+    bare = {"standardised": {}, "reduced": {}}
+    assert replace(loaded.origin, **bare) == replace(model.origin, **bare)
+    assert loaded.origin.standardised.keys() == {"audio", "visual"}
+    assert loaded.origin.reduced.keys() == {"visual"}
+    for name, pair in model.origin.standardised.items():
+        assert all(map(torch.equal, loaded.origin.standardised[name], pair))
+    assert all(map(torch.equal, loaded.origin.reduced["visual"], model.origin.reduced["visual"]))
 
 
 def test_a_model_that_knows_nothing_of_its_data_is_saved_too(tmp_path):
@@ -72,7 +80,7 @@ def test_the_card_says_what_the_model_takes_and_scores(saved):
     assert f"Classes: {', '.join(model.config.classes)}." in card.text
     assert "| text | 6 | of an encoder | name = encoder_features, encoder = tiny | no |" in card.text
     assert "| audio | 3 | prosody | unknown | yes |" in card.text
-    assert "| visual | 5 | unknown | unknown | no |" in card.text
+    assert "| visual | 5 | unknown | unknown | yes |" in card.text
     assert "| weighted F1 | 61.23 |" in card.text
 
 
@@ -110,6 +118,15 @@ def edit_config(folder, **changes):
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
+def test_a_model_from_before_there_were_reductions_is_loaded(tmp_path):
+    model = a_model()
+    model.origin = replace(model.origin, standardised={}, reduced={})
+    model.save_pretrained(tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps({k: x for k, x in config.items() if k != "reduced"}))
+    assert SpikEmo.from_pretrained(tmp_path / "model").origin == model.origin
+
+
 def edit_weights(folder, name, change):
     """Replace or drop a tensor of ``model.safetensors``."""
     tensors = load_file(folder / "model.safetensors")
@@ -139,8 +156,14 @@ DAMAGE = {
         r"unknown keys \['width'\]",
     ),
     "another width": (
-        lambda f: edit_config(f, model={"modalities": {"text": {"features": 6}}, "dim": 16}, standardised=[]),
+        lambda f: edit_config(
+            f, model={"modalities": {"text": {"features": 6}}, "dim": 16}, standardised=[], reduced={}
+        ),
         r"model\.safetensors does not fit config\.json: .* must have shape .*Take both from one model",
+    ),
+    "another reduction": (
+        lambda f: edit_config(f, reduced={"visual": 8}),
+        r"standardised\.safetensors does not fit config\.json: axes/visual must have shape \(8, 5\), got \(9, 5\)",
     ),
     "an unknown modality": (lambda f: edit_config(f, standardised=["smell"]), r"does not fit this version .*smell"),
     "a lost weight": (lambda f: edit_weights(f, WEIGHT, lambda x: None), rf"{WEIGHT} must have shape \(7,\), got None"),
