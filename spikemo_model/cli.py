@@ -168,7 +168,7 @@ def evaluate(
     """Score a model on a split of a data set.
 
     Prints F1 by class and weighted, in percent, beside the paper's of the test split. Features are standardised as
-    the model has learned.
+    the model has learned. A model of --modality-dropout does without a modality that the data lacks.
     """
     from spikemo_model.evaluation import predict, score
     from spikemo_model.job import locate
@@ -181,7 +181,11 @@ def evaluate(
     dialogues = corpus.splits[split]
     scores = score(predict(trained, dialogues), dialogues, corpus.classes)
     header, *rows = score_table(scores, None, corpus)
-    typer.echo(f"model: {model}\ndata: {located.source}\n")
+    typer.echo(f"model: {model}\ndata: {located.source}")
+    missing = [name for name in trained.config.modalities if name not in corpus.about]
+    if missing:
+        typer.echo(f"without {' and '.join(missing)}, which the data lacks: scored on {', '.join(corpus.about)} alone")
+    typer.echo()
     columns = None if split == "test" else 2  # the paper's column is of the test split
     typer.echo(format_table([(f"F1 on {split}, %", *header[1:columns]), *(row[:columns] for row in rows)]))
     typer.echo(f"\n{scores.utterances} utterances, {scores.accuracy:.2f} % right")

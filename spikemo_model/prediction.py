@@ -73,6 +73,8 @@ def prepare(utterances: Sequence[Utterance], config: SpikEmoConfig, origin: Orig
 def fit(corpus: Corpus, config: SpikEmoConfig, origin: Origin) -> Corpus:
     """The modalities of a configuration, standardised and reduced as its model has learned them.
 
+    With ``modality_dropout``, those that the corpus has.
+
     Args:
         corpus: With raw features, or standardised, and then reduced, on the training split of the model.
         config: Of the model.
@@ -81,9 +83,16 @@ def fit(corpus: Corpus, config: SpikEmoConfig, origin: Origin) -> Corpus:
     Raises:
         ValueError: Modalities, widths or classes are others, or the corpus is standardised or reduced in another way.
     """
-    corpus = corpus.select(list(config.modalities))
+    there = [name for name in config.modalities if name in corpus.about]
+    missing = [name for name in config.modalities if name not in there]
+    if not there or (missing and not config.modality_dropout):
+        raise ValueError(
+            f"{corpus.name} has no {' or '.join(missing)} features, but {list(corpus.about)}. Choose data that has "
+            "some, or a model that was trained to do without (train --modality-dropout)."
+        )
+    corpus = corpus.select(there)
     raw = origin.raw_widths(config)
-    widths = {m: own.features if m in corpus.reduced else raw[m] for m, own in config.modalities.items()}
+    widths = {m: config.modalities[m].features if m in corpus.reduced else raw[m] for m in there}
     if corpus.widths != widths or corpus.classes != config.classes:
         raise ValueError(
             f"{corpus.name} has features {corpus.widths} and the classes {corpus.classes}, the model wants {widths} "
@@ -131,10 +140,11 @@ def _rows(modality: str, utterances: Sequence[Utterance], dialogue: Conversation
         case {"name": "functionals" | "FaceEncoder"} if modality in origin.reduced or "reduced_to" not in settings:
             made = [_of_clip(u, modality, settings) if x is None else x for x, u in zip(given, utterances, strict=True)]
         case _:
+            alone = "train --text ENCODER --modalities text, or " if modality == "text" else ""
             raise ConversationError(
                 f"{lacking.where}: there are no {modality} features, and the model cannot make them: it knows them as "
                 f"{origin.about.get(modality, 'unknown')!r}. Give them as features, or train on features whose "
-                "extractor it can call (train --text ENCODER, or extract)."
+                f"extractor it can call: {alone}extract CLIPS STORE and train --data-dir STORE."
             )
     return [own if x is None else x for x, own in zip(given, made, strict=True)]
 

@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from spikemo_model.config import MELD_EMOTIONS
 from spikemo_model.conversation import read_conversations
 from spikemo_model.data import load_corpus, save_corpus, standardise, synthetic_corpus
 from spikemo_model.hub import Origin
+from spikemo_model.insight import subset_scores
 from spikemo_model.runs import open_run, read_preset
 
 ROOT = Path(__file__).parent.parent.parent
@@ -106,6 +108,38 @@ def test_evaluate_repeats_the_scores_of_the_run_from_either_store(place, run):
                 assert re.search(rf"^{name} +{f1:.2f}\b", output, re.MULTILINE)
             assert f"F1 on {split}, %" in output
             assert ("paper" in output) == (split == "test")
+
+
+def test_evaluate_scores_a_model_of_modality_dropout_on_what_there_is(place, run, tmp_path):
+    model, corpus = SpikEmo.from_pretrained("run/seed0"), load_corpus(place / "store")
+    for part in (model.classifier.mlp[3].weight, model.classifier.mlp[3].bias):
+        torch.nn.init.normal_(part)  # else one epoch tells the commonest class of everything
+    model.save_pretrained(tmp_path / "model")
+    save_corpus(corpus.select(["audio"]), tmp_path / "audio")
+    status, output, _ = run("evaluate", tmp_path / "model", "--data-dir", tmp_path / "audio")
+    assert status == 0
+    assert "\nwithout text, which the data lacks: scored on audio alone\n" in output
+    wanted = subset_scores(model, corpus)
+    assert wanted["audio",] != wanted["text", "audio"]
+    assert re.search(rf"^weighted +{wanted['audio',]:.2f}\b", output, re.MULTILINE)
+    assert "without" not in run("evaluate", "run/seed0", "--data-dir", "store")[1]
+    save_corpus(load_corpus(place / "store").select(["visual"]), tmp_path / "visual")
+    status, _, errors = run("evaluate", "run/seed0", "--data-dir", tmp_path / "visual")
+    assert (status, len(errors.splitlines())) == (1, 1)
+    assert errors.startswith(
+        "error: synthetic has no text or audio features, but ['visual']. Choose data that has some"
+    )
+
+
+def test_evaluate_refuses_what_a_model_needs_and_the_data_lacks(place, run, tmp_path):
+    model = SpikEmo.from_pretrained("run/seed0")
+    model.config = replace(model.config, modality_dropout=0.0)
+    model.save_pretrained(tmp_path / "model")
+    save_corpus(load_corpus(place / "store").select(["text"]), tmp_path / "text")
+    status, output, errors = run("evaluate", tmp_path / "model", "--data-dir", tmp_path / "text")
+    assert (status, output, len(errors.splitlines())) == (1, "", 1)
+    assert errors.startswith("error: synthetic has no audio features, but ['text'].")
+    assert "trained to do without (train --modality-dropout)" in errors
 
 
 @pytest.fixture
