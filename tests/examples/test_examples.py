@@ -75,6 +75,17 @@ def test_a_finished_run_resumes_with_its_own_options(meld_run, data):
     assert all(torch.equal(weights[name], again[name]) for name in weights)
 
 
+def test_raw_text_for_vectors_that_came_with_the_data_is_one_line_with_the_cure(meld_run, tmp_path):
+    chat = tmp_path / "chat.jsonl"
+    chat.write_text('{"speaker": "Joey", "text": "How you doing?"}\n')
+    command = [sys.executable, "-m", "spikemo_model", "predict", str(meld_run[0] / "seed0"), str(chat)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (1, "")
+    (line,) = done.stderr.splitlines()
+    assert "line 1: there are no text features, and the model cannot make them: it knows them as 'MiniLM" in line
+    assert "train --text ENCODER --modalities text, or extract CLIPS STORE and train --data-dir STORE" in line
+
+
 def test_several_seeds_are_summed_up_without_data_or_network(tmp_path):
     environment = {"XDG_CACHE_HOME": str(tmp_path / "cache"), "https_proxy": "http://127.0.0.1:9"}
     options = ["--seeds", 2, "--epochs", 1, "--time-steps", 2, "--modalities", "audio", "--run-dir", tmp_path / "run"]
