@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from spikemo_model.conversation import Utterance, read_conversations
+from spikemo_model.conversation import Utterance, read_conversations, read_live
 from spikemo_model.model import SpikEmo
 
 app = typer.Typer(
@@ -24,6 +24,7 @@ A first round, where $SPIKEMO_DATA holds meld/, or with what can be downloaded:
     rich_markup_mode=None,
 )
 
+_SAID = 48  # characters shown of who said what
 _OWN = ("train", "evaluate", "predict", "import")
 
 Data = Annotated[
@@ -208,25 +209,37 @@ utterance; a text encoder reads as much of a long one as it takes.
 \b
 Examples:
   predict runs/first/seed0 chat.jsonl
-  predict runs/first/seed0 chat.csv --json > emotions.jsonl"""
+  predict runs/first/seed0 chat.csv --json > emotions.jsonl
+  tail -f chat.jsonl | python -m spikemo_model predict runs/live/seed0 --live"""
 )
 def predict(
     model: Model,
-    conversation: Annotated[Path, typer.Argument(help="File of utterances: .csv, or JSON Lines.")],
+    conversation: Annotated[
+        Path | None,
+        typer.Argument(help="File of utterances: .csv, or JSON Lines. Not with --live.", show_default=False),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print an object a line instead of a table.")] = False,
+    live: Annotated[
+        bool,
+        typer.Option("--live", help="Read standard input, JSON Lines or CSV, and print each utterance when it comes."),
+    ] = False,
 ) -> None:
     """Tell the emotions of a conversation.
 
-    Prints the probability of each emotion for every utterance.
+    Prints the probability of each emotion for every utterance. With --live, of a model of train --causal, at once.
     """
+    if (conversation is None) != live:
+        raise ValueError("predict: give a file, or --live to read standard input.")
+    if conversation is None:
+        _predict_live(SpikEmo.from_pretrained(model), as_json)
+        return
     dialogues = read_conversations(conversation)
     trained = SpikEmo.from_pretrained(model)
     predicted = {dialogue: trained.predict(utterances) for dialogue, utterances in dialogues.items()}
     for dialogue, utterances in dialogues.items():
         if as_json:
             for u, row in zip(utterances, predicted[dialogue], strict=True):
-                found = {"dialogue": dialogue, "speaker": u.speaker, "text": u.text, "probabilities": row}
-                typer.echo(json.dumps(found, ensure_ascii=False))
+                typer.echo(_json_line(dialogue, u, row))
         else:
             typer.echo(f"{dialogue}\n\n" * bool(dialogue) + _table(utterances, predicted[dialogue]) + "\n")
 
@@ -289,12 +302,40 @@ def _register_others() -> None:
     features.register(app)
 
 
-def _table(utterances: Sequence[Utterance], rows: Sequence[dict[str, float]]) -> str:
-    """Who said what, the likeliest emotion, and the probability of each."""
+def _predict_live(model: SpikEmo, as_json: bool) -> None:
+    """Print each utterance of standard input when it comes; ``typer.echo`` flushes."""
+    from spikemo_model.live import LiveConversation
     from spikemo_model.report import format_table
 
-    table = [("utterance", "emotion", *rows[0])]
-    for u, row in zip(utterances, rows, strict=True):
-        said = textwrap.shorten(f"{u.speaker}: {u.text}", 48, placeholder=" ...")
-        table.append((said, max(row, key=row.__getitem__), *(f"{p:.2f}" for p in row.values())))
-    return format_table(table)
+    LiveConversation(model)  # refuses a model that is not causal before anybody has said anything
+    conversations: dict[str, LiveConversation] = {}
+    header_shown = False
+    columns = max(map(len, model.config.classes))
+    for dialogue, utterance in read_live(sys.stdin.buffer):
+        row = conversations.setdefault(dialogue, LiveConversation(model)).add(utterance)
+        if as_json:
+            typer.echo(_json_line(dialogue, utterance, row))
+        else:
+            header = ("utterance".ljust(_SAID), "emotion".rjust(columns), *row)
+            lines = format_table([header, _table_row(utterance, row)]).splitlines()
+            typer.echo("\n".join(lines[2:] if header_shown else lines))
+            header_shown = True
+
+
+def _json_line(dialogue: str, u: Utterance, row: dict[str, float]) -> str:
+    """An utterance with its probabilities, as JSON."""
+    found = {"dialogue": dialogue, "speaker": u.speaker, "text": u.text, "probabilities": row}
+    return json.dumps(found, ensure_ascii=False)
+
+
+def _table_row(u: Utterance, row: dict[str, float]) -> tuple[str, ...]:
+    """Who said what, the likeliest emotion, and the probability of each."""
+    said = textwrap.shorten(f"{u.speaker}: {u.text}", _SAID, placeholder=" ...")
+    return (said, max(row, key=row.__getitem__), *(f"{p:.2f}" for p in row.values()))
+
+
+def _table(utterances: Sequence[Utterance], rows: Sequence[dict[str, float]]) -> str:
+    """A dialogue's rows under a header."""
+    from spikemo_model.report import format_table
+
+    return format_table([("utterance", "emotion", *rows[0]), *map(_table_row, utterances, rows)])

@@ -1,12 +1,12 @@
 """Conversations that are no data set: utterances, and how they are read from JSON Lines and CSV."""
 
 import csv
-import io
+import itertools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from torch import Tensor
@@ -57,52 +57,81 @@ def read_conversations(path: Path) -> dict[str, list[Utterance]]:
     Raises:
         ConversationError: A line is not as it must be, or there is none; the message names it.
     """
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
-        raise ConversationError(f"{path}, line {line}: this is not UTF-8. Convert the file.") from error
     dialogues: dict[str, list[Utterance]] = {}
-    for line, row in _csv_rows(path, text) if path.suffix.lower() == ".csv" else _json_rows(path, text):
-        where = f"{path}, line {line}"
+    with path.open("rb") as file:
+        for dialogue, utterance in _utterances(file, path, path.parent, path.suffix.lower() == ".csv"):
+            dialogues.setdefault(dialogue, []).append(utterance)
+    if not dialogues:
+        raise ConversationError(f"{path} holds no utterance.")
+    return dialogues
+
+
+def read_live(stream: BinaryIO) -> Iterator[tuple[str, Utterance]]:
+    """Read utterances from a stream, each as soon as its line is there; otherwise as `read_conversations`.
+
+    Args:
+        stream: JSON Lines, or CSV if its first line is neither empty nor an object. Paths start from here.
+
+    Returns:
+        Dialogue, "" where none is named, and utterance, in their order.
+
+    Raises:
+        ConversationError: A line is not as it must be; the message names it.
+    """
+    first = stream.readline()
+    table = bool(first.strip()) and not first.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"{")
+    return _utterances(itertools.chain([first], stream), "standard input", Path(), table)
+
+
+def _utterances(lines: Iterable[bytes], name: Path | str, folder: Path, table: bool) -> Iterator[tuple[str, Utterance]]:
+    """Dialogue and utterance of each row, as the lines come."""
+    text = _decoded(lines, name)
+    for line, row in _csv_rows(name, text) if table else _json_rows(name, text):
+        where = f"{name}, line {line}"
         speaker, said, dialogue, clip = (_string(row, name, where) for name in ("speaker", "text", "dialogue", "clip"))
         if not speaker or said is None:
             raise ConversationError(f"{where}: {'text' if speaker else 'speaker'} is missing. Add the column.")
         utterance = Utterance(
             speaker=speaker,
             text=said,
-            features=_features(row.get("features"), path.parent, where),
-            clip=path.parent / clip if clip else None,
+            features=_features(row.get("features"), folder, where),
+            clip=folder / clip if clip else None,
             where=where,
         )
-        dialogues.setdefault(dialogue or "", []).append(utterance)
-    if not dialogues:
-        raise ConversationError(f"{path} holds no utterance.")
-    return dialogues
+        yield dialogue or "", utterance
 
 
-def _csv_rows(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
+def _decoded(lines: Iterable[bytes], name: Path | str) -> Iterator[str]:
+    """Lines as text, without a byte order mark."""
+    for number, line in enumerate(lines, start=1):
+        try:
+            yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            raise ConversationError(f"{name}, line {number}: this is not UTF-8. Convert it.") from error
+
+
+def _csv_rows(name: Path | str, lines: Iterator[str]) -> Iterator[tuple[int, dict[str, Any]]]:
     """Rows of a CSV file with the number of their last line."""
-    reader = csv.DictReader(io.StringIO(text, newline=""), restval="", strict=True)
+    reader = csv.DictReader(lines, restval="", strict=True)
     try:
         for row in reader:
             if None in row:
-                raise ConversationError(f"{path}, line {reader.line_num}: more cells than columns. Quote the text.")
+                raise ConversationError(f"{name}, line {reader.line_num}: more cells than columns. Quote the text.")
             yield reader.line_num, row
     except csv.Error as error:
-        raise ConversationError(f"{path}, line {reader.reader.line_num}: this is no CSV ({error}).") from error
+        raise ConversationError(f"{name}, line {reader.reader.line_num}: this is no CSV ({error}).") from error
 
 
-def _json_rows(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
+def _json_rows(name: Path | str, lines: Iterator[str]) -> Iterator[tuple[int, dict[str, Any]]]:
     """Objects of a JSON Lines file with the number of their line."""
-    for number, line in enumerate(text.split("\n"), start=1):
+    for number, line in enumerate(lines, start=1):
         if line.strip():
             try:
                 row = json.loads(line)
             except (ValueError, RecursionError) as error:
-                raise ConversationError(f"{path}, line {number}: this is no JSON ({error}).") from error
+                raise ConversationError(f"{name}, line {number}: this is no JSON ({error}).") from error
             if not isinstance(row, dict):
-                raise ConversationError(f"{path}, line {number}: a line must be a JSON object, got {line[:40]}.")
+                raise ConversationError(f"{name}, line {number}: a line must be a JSON object, got {line[:40]}.")
             yield number, row
 
 

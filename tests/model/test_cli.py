@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import select
 import subprocess
 import sys
 from dataclasses import replace
@@ -212,7 +213,7 @@ def test_import_makes_a_store(tmp_path, run):
         (["predict", "run/seed0", "nowhere.csv"], "No such file or directory: 'nowhere.csv'"),
         (["predict", "run/seed0", "bad.jsonl"], "bad.jsonl, line 2: this is no JSON"),
         (["predict", "run/seed0", "good.jsonl"], "predict: no utterance has text or audio features"),
-        (["predict", "run/seed0"], "Missing argument"),
+        (["predict", "run/seed0"], "predict: give a file, or --live"),
         (["import", "nowhere", "new"], "legacy features: nowhere must hold"),
     ],
 )
@@ -264,3 +265,66 @@ def test_every_option_is_explained_and_examples_are_shown(run, command):
     options = output.partition("Options:")[2].partition("Examples:")[0]
     for entry in re.findall(r"^  (--.*(?:\n {4,}.*)*)", options, re.MULTILINE):
         assert len(entry.split()) > 3, entry
+
+
+@pytest.fixture
+def live_model(tmp_path):
+    """A saved causal model of one modality."""
+    SpikEmo(small_config(["audio"], ["forward"], is_causal=True)).save_pretrained(tmp_path / "live")
+    return tmp_path / "live"
+
+
+def predict_live(model, *options):
+    """``predict --live`` in a process of its own, between pipes."""
+    command = [sys.executable, "-m", "spikemo_model", "predict", str(model), "--live", *options]
+    return subprocess.Popen(
+        command, cwd=ROOT, bufsize=0, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+
+
+@pytest.mark.parametrize("table", [False, True], ids=["json lines", "csv"])
+def test_live_answers_each_line_before_the_next_and_as_the_whole_conversation(live_model, table):
+    said = [
+        Utterance(who, text, {"audio": torch.randn(3).tolist()})
+        for who, text in zip("abac", ("Hi. 🙂", "", "x" * 10_000, "So, well"), strict=True)
+    ]
+    rows = [{"speaker": u.speaker, "text": u.text, "features": dict(u.features)} for u in said]
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    if table:
+        quoted = [json.dumps(row["features"]).replace('"', '""') for row in rows]
+        lines = [f'{u.speaker},"{u.text}","{x}"' for u, x in zip(said, quoted, strict=True)]
+    heard = []
+    with predict_live(live_model, "--json") as process:
+        if table:
+            process.stdin.write(b"speaker,text,features\n")
+        for line in lines:
+            process.stdin.write(f"{line}\n".encode())
+            ready, _, _ = select.select([process.stdout], [], [], 60)
+            assert ready, "nothing is printed before the next line"
+            heard.append(json.loads(process.stdout.readline()))
+        process.stdin.close()
+        assert process.stdout.read() == b""
+        assert process.wait() == 0, process.stderr.read()
+    assert [(row["speaker"], row["text"]) for row in heard] == [(u.speaker, u.text) for u in said]
+    for row, wanted in zip(heard, SpikEmo.from_pretrained(live_model).predict(said), strict=True):
+        assert row["probabilities"] == pytest.approx(wanted, abs=1e-5)
+
+
+def test_live_prints_one_table_and_names_a_bad_line(live_model):
+    good = '{"speaker": "Joey", "text": "Hi.", "features": {"audio": [1, 2, 3]}}\n'
+    process = predict_live(live_model)
+    output, errors = process.communicate((2 * good + "{\n").encode(), timeout=60)
+    lines = output.decode().splitlines()
+    assert lines[0].split() == ["utterance", "emotion", *MELD_EMOTIONS]
+    assert [line[:9] for line in lines[1:]] == ["-" * 9, "Joey: Hi.", "Joey: Hi."]
+    assert {len(line) for line in lines} == {len(lines[0])}
+    assert process.returncode == 1
+    assert re.fullmatch(r"error: standard input, line 3: this is no JSON \(.*\)\.\n", errors.decode())
+
+
+def test_a_model_that_sees_the_future_is_refused_before_anybody_speaks(chat, run):
+    status, output, errors = run("predict", chat / "model", "--live")
+    assert (status, output, len(errors.splitlines())) == (1, "", 1)
+    assert errors.startswith("error: LiveConversation: the model sees the future; train one with is_causal (train --ca")
+    for arguments in (["predict", chat / "model"], ["predict", chat / "model", chat / "chat.jsonl", "--live"]):
+        assert run(*arguments) == (1, "", "error: predict: give a file, or --live to read standard input.\n")
