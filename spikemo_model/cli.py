@@ -294,8 +294,8 @@ def main(arguments: list[str] | None = None) -> None:
 
 @functools.cache
 def _register_others() -> None:
-    """Add the commands of other parts, which take seconds to import."""
-    from spikemo_model.experiments import cli as experiments
+    """Add the commands of other parts."""
+    from spikemo_model import experiment_cli as experiments
     from spikemo_model.features import cli as features
 
     experiments.register(app)

@@ -33,3 +33,14 @@ def test_importing_touches_no_gpu():
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert run.stdout.strip() == "False"
+
+
+def test_help_loads_no_trainer():
+    heavy = {"lightning", "torchmetrics", "sklearn", "scipy", "transformers", "matplotlib", "joblib", "cv2", "av"}
+    listed = "import contextlib, io, spikemo_model.cli as c; sink = io.StringIO()\n"
+    listed += "with contextlib.redirect_stdout(sink), contextlib.suppress(SystemExit): c.main(['--help'])\n"
+    code = f"import sys; {listed}assert 'finetune-text' in sink.getvalue(); print(*sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = {name.split(".")[0] for name in run.stdout.split()}
+    assert "torch" in loaded
+    assert not heavy & loaded

@@ -6,9 +6,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from sklearn.decomposition import TruncatedSVD
-from sklearn.feature_extraction.text import HashingVectorizer, TfidfTransformer
-from sklearn.pipeline import make_pipeline
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -61,6 +58,10 @@ def ngram_features(texts: dict[str, list[str]], width: int = 256, seed: int = 0)
     Returns:
         Features [rows, width] by split.
     """
+    from sklearn.decomposition import TruncatedSVD
+    from sklearn.feature_extraction.text import HashingVectorizer, TfidfTransformer
+    from sklearn.pipeline import make_pipeline
+
     width = min(width, len(texts["train"]) - 1)
     pipeline = make_pipeline(
         HashingVectorizer(ngram_range=(1, 2), n_features=2**18, alternate_sign=False, token_pattern=r"\w+|[!?.]"),

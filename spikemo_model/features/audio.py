@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sklearn.decomposition import PCA
 from torch import Tensor
 
 from spikemo_model.data.corpus import Corpus, DataError, reduce_by
@@ -60,6 +59,8 @@ def reduce_width(corpus: Corpus, modality: str, width: int) -> Corpus:
             f"reduce_width: width must be 1 ... {min(x.shape)} for {x.shape[0]} training utterances x {x.shape[1]} "
             f"{modality} features, got {width}."
         )
+    from sklearn.decomposition import PCA
+
     pca = PCA(width, random_state=0).fit(x.numpy())
     axes = torch.from_numpy(pca.components_.T.copy()).float()
     return replace(

@@ -8,8 +8,6 @@ import typer
 from spikemo_model.data.corpus import Corpus
 from spikemo_model.data.store import load_corpus
 from spikemo_model.features.clips import read_release
-from spikemo_model.features.extract import CLIPS, MODALITIES, extract
-from spikemo_model.features.finetune import finetune_text
 from spikemo_model.features.text import DEFAULT_ENCODER
 from spikemo_model.features.visual import DEFAULT_FACE_ENCODER
 
@@ -51,6 +49,8 @@ def _extract(
     workers: Annotated[int | None, typer.Option(min=1, help="Processes; default: one a core.")] = None,
 ) -> None:
     """Make a feature store from raw clips. Stopped, the same command goes on; bad clips are listed and skipped."""
+    from spikemo_model.features.extract import CLIPS, MODALITIES, extract
+
     flaws = extract(
         root,
         out,
@@ -79,6 +79,8 @@ def _finetune_text(
     seed: Annotated[int, typer.Option(help="Of start, order and dropout.")] = 0,
 ) -> None:
     """Fine-tune a text encoder for emotion on the training split, and store its features of all splits."""
+    from spikemo_model.features.finetune import finetune_text
+
     finetune_text(
         _conversations(root),
         out,

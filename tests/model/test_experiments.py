@@ -21,8 +21,8 @@ from spikemo_model import SpikEmo
 from spikemo_model.config import to_dict
 from spikemo_model.data import save_corpus, synthetic_corpus
 from spikemo_model.evaluation import predict, score
+from spikemo_model.experiment_cli import register
 from spikemo_model.experiments import EXPERIMENTS, CellResult, base, write_summary
-from spikemo_model.experiments.cli import register
 from spikemo_model.experiments.gate import measure_gate
 from spikemo_model.experiments.summary import paired_p
 

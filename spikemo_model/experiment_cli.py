@@ -1,4 +1,4 @@
-"""``python -m spikemo_model experiment``."""
+"""``python -m spikemo_model experiment``, outside `spikemo_model.experiments`, which takes seconds to import."""
 
 from pathlib import Path
 from typing import Annotated, Literal
