@@ -3,7 +3,9 @@
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+import soundfile
 import torch
 
 from spikemo_model import SpikEmo, SpikEmoConfig, Utterance
@@ -92,3 +94,15 @@ def test_what_no_clip_gives_is_named(film, clip, tmp_path):
     film.origin = replace(film.origin, extractors={"audio": {"name": "functionals", "reduced_to": 20}})
     with pytest.raises(ConversationError, match="the model cannot make them"):
         film.predict([good])
+
+
+def test_silent_and_very_long_clips_are_classified_and_an_empty_one_is_one_line(tmp_path):
+    hearing = remembering({"audio": {"name": "functionals"}})
+    clips = {seconds: tmp_path / f"{seconds}.wav" for seconds in (0, 1, 305)}
+    for seconds, path in clips.items():
+        soundfile.write(path, np.zeros(seconds * 16_000), 16_000)
+    rows = hearing.predict([Utterance("a", "", clip=clips[1]), Utterance("nobody knows", "🙂", clip=clips[305])])
+    assert [sum(row.values()) for row in rows] == pytest.approx([1, 1], abs=1e-5)
+    with pytest.raises(ConversationError, match=r"utterance 2: .*0\.wav has 0\.000 s of sound") as caught:
+        hearing.predict([Utterance("a", clip=clips[1]), Utterance("a", clip=clips[0])])
+    assert len(str(caught.value).splitlines()) == 1
