@@ -44,47 +44,53 @@ class FusionLayer(nn.Module):
 
         The stage of another modality that is None is left out.
         """
-        later = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).triu(1) if is_causal else None
+        seen = None if padding is None else ~padding[:, None, None, :]
+        if is_causal:
+            earlier = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril()
+            seen = earlier if seen is None else seen & earlier
         *norms, last_norm = self.norms
-        for attention, norm, other in zip(self.attentions, norms, others, strict=True):
-            if other is None:
-                continue
-            masks = {"key_padding_mask": padding, "attn_mask": later}
-            attended, _ = attention(x, other, other, need_weights=False, **masks)
-            x = norm(x + self.dropout(attended))
+        for attention, norm, other in zip(self._attentions(), norms, others, strict=True):
+            if other is not None:
+                x = norm(x + self.dropout(_attend(attention, x, _keys_and_values(attention, other), seen)))
         return last_norm(x + self.dropout(self.feed_forward(x)))
 
     def step(self, x: Tensor, others: Sequence[Tensor | None], state: Rows | None) -> tuple[Tensor, Rows]:
         """The next utterances ``x`` [B, L, D] of causal dialogues, and the keys and values of all so far."""
         *norms, last_norm = self.norms
         after: Rows = []
-        attentions = cast("list[nn.MultiheadAttention]", self.attentions)
-        for i, (attention, norm, other) in enumerate(zip(attentions, norms, others, strict=True)):
+        for i, (attention, norm, other) in enumerate(zip(self._attentions(), norms, others, strict=True)):
             rows = None if state is None else state[i]
             if other is not None:
-                attended, rows = _attend_on(attention, x, other, rows)
-                x = norm(x + self.dropout(attended))
+                own = _keys_and_values(attention, other)
+                rows = own if rows is None else torch.cat([rows, own], dim=2)
+                L, S = x.shape[1], rows.shape[2]
+                seen = torch.ones(L, S, dtype=torch.bool, device=x.device).tril(S - L)
+                x = norm(x + self.dropout(_attend(attention, x, rows, seen)))
             after.append(rows)
         return last_norm(x + self.dropout(self.feed_forward(x))), after
 
+    def _attentions(self) -> list[nn.MultiheadAttention]:
+        return cast("list[nn.MultiheadAttention]", self.attentions)
 
-def _attend_on(
-    attention: nn.MultiheadAttention, x: Tensor, other: Tensor, rows: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """``attention`` of ``x`` to the keys and values ``rows`` of before and to those of ``other``, which is as long."""
-    q, k, v = (
-        nn.functional.linear(source, weight, bias)
-        for source, weight, bias in zip(
-            (x, other, other), attention.in_proj_weight.chunk(3), attention.in_proj_bias.chunk(3), strict=True
-        )
-    )
-    own = torch.stack([k, v])
-    rows = own if rows is None else torch.cat([rows, own], dim=2)
-    L, S = x.shape[1], rows.shape[2]
-    seen = torch.ones(L, S, dtype=torch.bool, device=x.device).tril(S - L)
+
+def _keys_and_values(attention: nn.MultiheadAttention, other: Tensor) -> Tensor:
+    """Keys and values [2, B, S, D] of ``other`` [B, S, D]."""
+    D = other.shape[-1]
+    projected = nn.functional.linear(other, attention.in_proj_weight[D:], attention.in_proj_bias[D:])
+    return projected.unflatten(-1, (2, D)).movedim(2, 0)
+
+
+def _attend(attention: nn.MultiheadAttention, x: Tensor, rows: Tensor, seen: Tensor | None) -> Tensor:
+    """``attention`` of ``x`` [B, L, D] to keys and values ``rows`` where ``seen``, which broadcasts to [B, H, L, S].
+
+    The module's own call would turn the batch inside out first, and then multiply, and in bfloat16 copy, each weight
+    once an utterance.
+    """
+    D = x.shape[-1]
+    q = nn.functional.linear(x, attention.in_proj_weight[:D], attention.in_proj_bias[:D])
     q, k, v = (y.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for y in (q, *rows))
     attended = nn.functional.scaled_dot_product_attention(q, k, v, seen)
-    return attention.out_proj(attended.transpose(1, 2).flatten(2)), rows
+    return attention.out_proj(attended.transpose(1, 2).flatten(2))
 
 
 class MultiAttn(nn.Module):
