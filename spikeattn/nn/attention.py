@@ -12,7 +12,7 @@ from spikeattn._backends import Backend
 from spikeattn.nn.alive import attention_gain
 from spikeattn.nn.neuron import LIF, fires_inside
 from spikeattn.nn.projection import Init, Norm, NormedLinear, SpikingLinear, SpikingOptions, TokenBatchNorm
-from spikeattn.ops.lif.reference import state_dtype
+from spikeattn.ops.lif.reference import is_static, state_dtype
 from spikeattn.ops.spiking_attention import AttentionState, spiking_attention, spiking_attention_step
 from spikeattn.ops.spiking_attention.op import attend_by_map
 from spikeattn.ops.spiking_attention.reference import Fire
@@ -92,6 +92,15 @@ def count_tokens(x: Tensor, key_padding_mask: Tensor | None) -> Tensor:
     return (~key_padding_mask).sum(1)
 
 
+def as_autocast(x: Tensor) -> Tensor:
+    """``x`` [T, ...] in autocast's dtype, converted once for all projections of it; a static one stays static."""
+    device = x.device.type
+    if x.dtype != torch.float32 or not torch.is_autocast_enabled(device):
+        return x
+    dtype = torch.get_autocast_dtype(device)
+    return x[:1].to(dtype).expand_as(x) if is_static(x) else x.to(dtype)
+
+
 class HeadedAttention(nn.Module):
     """What the attention modules share: heads, projections to them, the attention's neurons, the way out.
 
@@ -135,6 +144,7 @@ class HeadedAttention(nn.Module):
 
     def project(self, names: str, x: Tensor, key_padding_mask: Tensor | None) -> list[Tensor]:
         """Spikes [T, B, H, L, E] of ``x`` by each projection in ``names``."""
+        x = as_autocast(x)
         return [split_heads(self.get_submodule(name)(x, key_padding_mask), self.num_heads) for name in names]
 
     def scaled(self, gain: Callable[[], Tensor]) -> float | Tensor:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from spikeattn import LIF, ATan, SpikingMLP, SpikingSelfAttention, SpikingTransformer, SpikingTransformerBlock
 from spikeattn.nn.alive import attention_gain, design_rate, norm_gain
@@ -241,3 +242,26 @@ def test_bad_masks_are_named():
         attention(x, torch.zeros(B, L))
     with pytest.raises(TypeError, match=r"x must be float32, .*got torch\.int64"):
         attention(x.long())
+
+
+class _Conversions(TorchDispatchMode):
+    """Shapes of what is converted to bfloat16."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if function is torch.ops.aten._to_copy.default and out.dtype == torch.bfloat16:
+            self.shapes.append(tuple(out.shape))
+        return out
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_autocast_converts_what_is_projected_once(static):
+    attention = SpikingSelfAttention(D, H).eval()
+    x = torch.randn(1 if static else T, B, L, D)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), _Conversions() as seen:
+        attention(x.expand(T, B, L, D))
+    assert [shape for shape in seen.shapes if shape[1:] == (B, L, D)] == [x.shape]
