@@ -148,7 +148,7 @@ def measure(case: Case, device: str, seconds: float, skip: Sequence[str] = ()) -
         runs = {c: run for c in contenders if (run := getattr(c, what)) is not None}
         if runs:
             timed = {c.name: run if c.times_itself else partial(clock, run) for c, run in runs.items()}
-            row[what] = _pairs(case.ours.name, timed, seconds)
+            row[what] = _pairs(case.ours.name, timed, seconds, absent)
             here = {c: run for c, run in runs.items() if not c.times_itself}
             if device == "cuda":
                 row["host_s"][what] = {c.name: host_seconds(run) for c, run in here.items()}
@@ -173,15 +173,23 @@ def _made(case: Case, skip: Sequence[str]) -> tuple[list[Contender], dict[str, s
     return made, absent
 
 
-def _pairs(ours: str, timed: dict[str, Callable[[], float]], seconds: float) -> dict[str, Any]:
-    """Times of every contender; each peer's beside ours, whose median in that pair is its ``ours_s``."""
+def _pairs(ours: str, timed: dict[str, Callable[[], float]], seconds: float, absent: dict[str, str]) -> dict[str, Any]:
+    """Times of every contender; each peer's beside ours, whose median in that pair is its ``ours_s``.
+
+    A peer that stops working goes to ``absent``.
+    """
     measured: dict[str, Any] = {}
     own: list[Times] = []
     peers = [name for name in timed if name != ours]
-    for pair in [(ours, peer) for peer in peers] or [(ours,)]:
-        times = interleaved({name: timed[name] for name in pair}, seconds)
+    for peer in peers:
+        try:
+            times = interleaved({name: timed[name] for name in (ours, peer)}, seconds)
+        except CannotRun as error:
+            absent[peer] = str(error)
+            continue
         own.append(times[ours])
-        measured |= {name: {**_plain(t), "ours_s": own[-1].median} for name, t in times.items() if name != ours}
+        measured[peer] = {**_plain(times[peer]), "ours_s": own[-1].median}
+    own = own or [interleaved({ours: timed[ours]}, seconds)[ours]]
     all_own = Times(own[0].first, [sample for times in own for sample in times.samples])
     return {ours: _plain(all_own), **measured}
 

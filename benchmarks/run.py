@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--quick", action="store_true", help="size 1, nothing is written")
     parser.add_argument(
-        "--skip", action="append", default=[], metavar="PEER", help="leave out those with this in their name"
+        "--skip", action="append", default=[], metavar="PEER", help="leave out peers with this in their name"
     )
     parser.add_argument("--seconds", type=float, default=4.0, help="for each measurement")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/<machine>.json")
@@ -75,7 +75,7 @@ def _check_skip(skip: list[str], suites: list[Suite], device: str) -> None:
     cases = [make() for suite in suites for make in suite.cases(device, True)]
     names = dict.fromkeys(name for case in cases for name in (*case.peers, *case.absent))
     for part in skip:
-        if not any(part in name for name in names):
+        if not part or not any(part in name for name in names):
             sys.exit(f"error: --skip {part}: no peer has that in its name; the peers are {', '.join(names)}.")
 
 

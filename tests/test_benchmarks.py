@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks.measure import contender, measure, peak_bytes
-from benchmarks.registry import Case
+from benchmarks.registry import CannotRun, Case, Contender
 from benchmarks.show import KINDS, _table, geometric_mean
 
 ROOT = Path(__file__).parent.parent
@@ -64,6 +64,18 @@ def test_a_peer_that_is_left_out_or_missing_is_listed_with_the_reason():
 def test_what_is_skipped_is_not_made():
     case = Case("c", {}, contender("ours", torch.sigmoid, torch.ones(3)), {"peer": unavailable})
     assert measure(case, "cpu", 0.0, skip=["peer"])["absent"] == {"peer": "left out by --skip"}
+
+
+def test_a_peer_that_stops_working_is_listed_and_the_rest_is_measured():
+    def stops():
+        raise CannotRun("its process ended with status -9")
+
+    x = torch.randn(2, 4)
+    broken = Contender("broken", stops, stops, times_itself=True)
+    case = Case("case", {}, contender("ours", torch.relu, x), {"broken": lambda: broken})
+    row = measure(case, "cpu", 0.0)
+    assert row["absent"] == {"broken": "its process ended with status -9"}
+    assert list(row["forward"]) == list(row["training"]) == ["ours"]
 
 
 def test_leaving_out_an_unknown_peer_is_an_error_of_one_line():
