@@ -54,10 +54,10 @@ _forward_record, _backward_record = _FORWARD.record, _BACKWARD.record
 @cache
 def forward_kernel(storage: torch.dtype, decay_input: bool, divides: bool, hard_reset: bool) -> Kernel:
     """The forward for one kind of neuron."""
-    plan, element = (decay_input, divides, hard_reset, SOURCES), ELEMENT[storage]
+    plan, element = (storage == torch.float32, decay_input, divides, hard_reset, SOURCES), ELEMENT[storage]
 
     def lif_forward(frame):
-        decay_input, divides, hard_reset, _ = plan
+        may_stream, decay_input, divides, hard_reset, _ = plan
         p = numba.carray(frame, 1, _forward_record)[0]
         N, time_steps, width, x_stride, has_v_seq = p.N, p.time_steps, p.width, p.x_stride, p.has_v_seq
         tau, v_threshold, v_rest = F(p.tau), F(p.v_threshold), F(p.v_rest)
@@ -72,7 +72,7 @@ def forward_kernel(storage: torch.dtype, decay_input: bool, divides: bool, hard_
                 v = v_last[lo:hi]
                 fill_row(v, v0, lo)
                 for t in range(time_steps):
-                    if p.streams:
+                    if may_stream and p.streams:
                         for c in range(lo, hi, CHUNK):
                             end = min(hi, c + CHUNK)
                             if t + 1 < time_steps:
@@ -101,10 +101,11 @@ def backward_kernel(
     storage: torch.dtype, decay_input: bool, divides: bool, learned: bool, hard_reset: bool, detach_reset: bool
 ) -> Kernel:
     """The backward for one kind of neuron; what it does with a long T stands in ``README.md``."""
-    plan, element = (decay_input, divides, learned, hard_reset, detach_reset, SOURCES), ELEMENT[storage]
+    plan = (storage == torch.float32, decay_input, divides, learned, hard_reset, detach_reset, SOURCES)
+    element = ELEMENT[storage]
 
     def lif_backward(frame):
-        decay_input, divides, learned, hard_reset, detach_reset, _ = plan
+        may_stream, decay_input, divides, learned, hard_reset, detach_reset, _ = plan
         p = numba.carray(frame, 1, _backward_record)[0]
         N, time_steps, segment, width, kind = p.N, p.time_steps, p.segment, p.width, p.kind
         x_stride, grad_stride, static, has_v_seq = p.x_stride, p.grad_stride, p.static, p.has_v_seq
@@ -151,7 +152,7 @@ def backward_kernel(
                             grad = grad_v_seq[t * N + lo : t * N + hi]
                             for i in range(n):
                                 carry[i] = carry[i] + grad[i]
-                        if p.streams:  # to one gradient a step, and none of tau
+                        if may_stream and p.streams:  # to one gradient a step, and none of tau
                             for c in range(0, n, CHUNK):
                                 to, at = min(n, c + CHUNK), t * grad_stride + lo
                                 if t > 0:
