@@ -66,7 +66,8 @@ def _prefetch(context, source, nbytes):
         kind = ir.FunctionType(ir.VoidType(), [_BYTES, _INT32, _INT32, _INT32])
         ask = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
         first = builder.inttoptr(args[0], _BYTES)
-        with cgutils.for_range(builder, builder.udiv(args[1], _INT64(_LINE))) as loop:
+        lines = builder.udiv(builder.add(args[1], _INT64(_LINE - 1)), _INT64(_LINE))
+        with cgutils.for_range(builder, lines) as loop:
             line = builder.gep(first, [builder.mul(loop.index, _INT64(_LINE))])
             builder.call(ask, [line, _INT32(0), _INT32(2), _INT32(1)])  # to read, into L2, data
         return context.get_dummy_value()

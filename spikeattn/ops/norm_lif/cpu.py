@@ -30,6 +30,7 @@ from spikeattn._cpu.storage import (
     store_row,
     target_row,
 )
+from spikeattn._cpu.streams import prefetch
 from spikeattn._cpu.threads import spread
 from spikeattn._leak import has_exact_reciprocal
 from spikeattn.ops.surrogate import Surrogate
@@ -90,6 +91,8 @@ def forward_kernel(storage: torch.dtype, decay_input: bool, divides: bool, hard_
                 for t in range(time_steps):
                     for r in range(begin, end):
                         lo, hi, current = r * D, (r + 1) * D, currents[r - begin]
+                        if t + 1 < steps_of_x:
+                            prefetch(x, (t + 1) * x_stride + lo, D)
                         if t < steps_of_x:
                             row = load_row(x[t * x_stride + lo : t * x_stride + hi], buffers[1])
                             m, s = row_statistics(row, eps, work, partial)
@@ -159,6 +162,8 @@ def backward_kernel(
                             for r in range(begin, end):
                                 lo, hi, at = r * D, (r + 1) * D, (r if static else t * R + r)
                                 own = slice(lo - begin * D, hi - begin * D)
+                                if t + 1 < t_end:
+                                    prefetch(x, (t + 1) * x_stride + lo, D)
                                 row = load_row(x[t * x_stride + lo : t * x_stride + hi], buffers[3])
                                 padded = has_mask and mask[r]
                                 current_row(row, mean[at], rstd[at], weight, bias, padded, current)
@@ -172,6 +177,9 @@ def backward_kernel(
                             for r in range(begin, end):
                                 lo, hi, at = r * D, (r + 1) * D, (r if static else t * R + r)
                                 own = slice(lo - begin * D, hi - begin * D)
+                                if t > 0:
+                                    prefetch(grad_spikes, (t - 1) * grad_stride + lo, D)
+                                    prefetch(x, (t - 1) * x_stride + lo, D)
                                 h = h_seq[t - t_begin, own]
                                 derivative_row(kind, h, v_threshold, a, b, sg)
                                 grad_s = load_row(grad_spikes[t * grad_stride + lo : t * grad_stride + hi], buffers[3])
