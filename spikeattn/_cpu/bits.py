@@ -8,6 +8,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from spikeattn._cpu.compiler import inline
+from spikeattn._cpu.streams import prefetch
 
 F = np.float32
 U = np.uint64
@@ -113,10 +114,15 @@ def unpack(word, x, first, size):
 
 
 @inline
-def pack_rows(words, x, first, stride, E, mask, at):
-    """One word for each token from ``x[first]`` on, zero at padding; whether they hold 0 and 1 only."""
+def pack_rows(words, x, first, stride, E, mask, at, ahead):
+    """One word for each token from ``x[first]`` on, zero at padding; whether they hold 0 and 1 only.
+
+    ``ahead`` is how far on the tokens lie that will be read next, 0 if none will.
+    """
     spikes = True
     for i in range(words.size):
+        if ahead:
+            prefetch(x, first + ahead + i * stride, E)
         word, own = pack(x, first + i * stride, E)
         words[i] = U(0) if mask.size > 0 and mask[at + i] else word
         spikes &= own

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import llvmlite.binding as llvm
+import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
@@ -134,54 +135,74 @@ def add_weighted_events(context, tile, events, values, count, start, out):
     return types.void(*[types.int64] * 6), codegen
 
 
-@intrinsic
-def multiply_rows(context, tile, x, row_stride, step_stride, steps, start, start_stride, out, out_stride):
-    """``out[r, :STRIP] = start[r] + x[r] @ tile[:, :STRIP]`` for ``ROWS`` rows of ``steps`` numbers.
+def _row_multiplier(registers: int) -> Any:
+    """`multiply_rows` for so many registers of outputs."""
 
-    ``x[r, k]`` lies at ``x + r * row_stride + k * step_stride``; strides count floats.
-    """
+    @intrinsic
+    def multiply_rows(context, tile, x, row_stride, step_stride, steps, start, start_stride, out, out_stride):
+        def codegen(context, builder, signature, args):
+            tile, x, start, out = (_floats(builder, args[i]) for i in (0, 1, 5, 7))
+            row_stride, step_stride, steps, start_stride, out_stride = (args[i] for i in (2, 3, 4, 6, 8))
 
-    def codegen(context, builder, signature, args):
-        tile, x, start, out = (_floats(builder, args[i]) for i in (0, 1, 5, 7))
-        row_stride, step_stride, steps, start_stride, out_stride = (args[i] for i in (2, 3, 4, 6, 8))
+            def rows(first, stride):
+                return [builder.gep(first, [builder.mul(stride, _index(r))]) for r in range(ROWS)]
 
-        def rows(first, stride):
-            return [builder.gep(first, [builder.mul(stride, _index(r))]) for r in range(ROWS)]
+            numbers = rows(x, row_stride)
 
-        numbers = rows(x, row_stride)
+            def step(k, sums):
+                weights = _load(builder, builder.gep(tile, [builder.mul(k, _index(TILE))]), registers)
+                at = builder.mul(k, step_stride)
+                after = []
+                for r, row in enumerate(numbers):
+                    value = _spread(builder, builder.load(builder.gep(row, [at])))
+                    own = sums[r * registers : (r + 1) * registers]
+                    after += [_fma(builder, value, weight, total) for weight, total in zip(weights, own, strict=True)]
+                return after
 
-        def step(k, sums):
-            weights = _load(builder, builder.gep(tile, [builder.mul(k, _index(TILE))]), _REGISTERS)
-            at = builder.mul(k, step_stride)
-            after = []
-            for r, row in enumerate(numbers):
-                value = _spread(builder, builder.load(builder.gep(row, [at])))
-                own = sums[r * _REGISTERS : (r + 1) * _REGISTERS]
-                after += [_fma(builder, value, weight, total) for weight, total in zip(weights, own, strict=True)]
-            return after
+            starts = [vector for row in rows(start, start_stride) for vector in _load(builder, row, registers)]
+            sums = _accumulate(builder, steps, starts, step)
+            for r, row in enumerate(rows(out, out_stride)):
+                _store(builder, row, sums[r * registers : (r + 1) * registers])
 
-        starts = [vector for row in rows(start, start_stride) for vector in _load(builder, row, _REGISTERS)]
-        sums = _accumulate(builder, steps, starts, step)
-        for r, row in enumerate(rows(out, out_stride)):
-            _store(builder, row, sums[r * _REGISTERS : (r + 1) * _REGISTERS])
+        return types.void(*[types.int64] * 9), codegen
 
-    return types.void(*[types.int64] * 9), codegen
+    return multiply_rows
+
+
+# ``out[r, :STRIP] = start[r] + x[r] @ tile[:, :STRIP]`` for ``ROWS`` rows of ``steps`` numbers. ``x[r, k]`` lies at
+# ``x + r * row_stride + k * step_stride``; strides count floats.
+multiply_rows = _row_multiplier(_REGISTERS)
+_multiply_half, _multiply_quarter = _row_multiplier(_REGISTERS // 2), _row_multiplier(max(1, _REGISTERS // 4))
+
+
+@inline
+def tile_rows(count):
+    """``count`` rows of `TILE` zeros, each at the start of a cache line, so that no register is read from two."""
+    memory = np.zeros(count * TILE + 16, np.float32)
+    first = (-memory.ctypes.data // 4) % 16
+    return memory[first : first + count * TILE].reshape(count, TILE)
 
 
 @inline
 def multiply(a, row_stride, step_stride, steps, rows, tile, width, zeros, out):
     """``out[:rows, :width] = A @ tile[:steps]``; ``A[r, s]`` is element ``r row_stride + s step_stride`` of ``a``.
 
-    ``tile``, ``zeros`` and ``out`` have rows of `TILE`; up to ``ROWS - 1`` more rows are computed, of what lies there.
+    ``tile``, ``zeros`` and ``out`` have rows of `TILE`, of which some more than ``width`` may be computed; so may up to
+    ``ROWS - 1`` more rows, of what lies there.
     """
     for r in range(0, rows, ROWS):
         x = a.ctypes.data + r * row_stride * a.itemsize
         for strip in range(0, width, STRIP):
-            at = strip * a.itemsize
-            multiply_rows(
-                tile.ctypes.data + at, x, row_stride, step_stride, steps,
-                zeros.ctypes.data + at, 0, out.ctypes.data + r * TILE * a.itemsize + at, TILE,
+            at, left = strip * a.itemsize, width - strip
+            own_tile, start, target = (
+                tile.ctypes.data + at, zeros.ctypes.data + at, out.ctypes.data + r * TILE * a.itemsize + at,
             )  # fmt: skip
+            if left <= STRIP // 4:
+                _multiply_quarter(own_tile, x, row_stride, step_stride, steps, start, 0, target, TILE)
+            elif left <= STRIP // 2:
+                _multiply_half(own_tile, x, row_stride, step_stride, steps, start, 0, target, TILE)
+            else:
+                multiply_rows(own_tile, x, row_stride, step_stride, steps, start, 0, target, TILE)
 
 
 @intrinsic

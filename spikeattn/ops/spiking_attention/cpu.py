@@ -16,7 +16,7 @@ from spikeattn._cpu.memory import empty
 from spikeattn._cpu.neuron import F, neuron_scalars, step_row
 from spikeattn._cpu.storage import ELEMENT, mask_arguments, store_row, target_row
 from spikeattn._cpu.threads import spread
-from spikeattn._cpu.vectors import ROWS, TILE, WHY_NOT, multiply
+from spikeattn._cpu.vectors import ROWS, TILE, WHY_NOT, multiply, tile_rows
 from spikeattn._leak import has_exact_reciprocal
 from spikeattn.ops.spiking_attention.layout import in_one_piece, rows_in_one_piece, strides
 
@@ -60,20 +60,21 @@ def open_inputs(p, element):
 @inline
 def load_tokens(p, t, b, h, q, k, v, query_mask, key_mask, queries, keys, values):
     """Pack the tokens of one head and time step; whether they hold 0 and 1 only."""
-    spikes = pack_rows(queries, q, t * p.qT + b * p.qB + h * p.qH, p.qL, p.E, query_mask, b * p.L)
-    spikes &= pack_rows(keys, k, t * p.kT + b * p.kB + h * p.kH, p.kL, p.E, key_mask, b * p.S)
-    return spikes & pack_rows(values, v, t * p.vT + b * p.vB + h * p.vH, p.vL, p.E, key_mask, b * p.S)
+    goes_on = t + 1 < p.T
+    own = pack_rows(queries, q, t * p.qT + b * p.qB + h * p.qH, p.qL, p.E, query_mask, b * p.L, goes_on * p.qT)
+    own &= pack_rows(keys, k, t * p.kT + b * p.kB + h * p.kH, p.kL, p.E, key_mask, b * p.S, goes_on * p.kT)
+    return own & pack_rows(values, v, t * p.vT + b * p.vB + h * p.vH, p.vL, p.E, key_mask, b * p.S, goes_on * p.vT)
 
 
 @inline
-def attend_rows(queries, i, keys, values, is_causal, counts, zeros, out):
+def attend_rows(queries, i, keys, values, E, is_causal, counts, zeros, out):
     """``out[:ROWS] = Q K^T V`` of the queries from i on, and ``counts = Q K^T``; ``values`` in rows of `TILE`."""
     S, last = keys.size, min(queries.size, i + ROWS)
     for own in range(i, last):
         count_row(queries[own], keys, counts[own - i])
         if is_causal:
             counts[own - i, own + 1 :] = F(0.0)
-    multiply(counts, S, 1, min(last, S) if is_causal else S, last - i, values, TILE, zeros, out)
+    multiply(counts, S, 1, min(last, S) if is_causal else S, last - i, values, E, zeros, out)
 
 
 @cache
@@ -90,7 +91,7 @@ def forward_kernel(storage: torch.dtype, fire: str | None, divides: bool, hard_r
         out = memory(p.out, T * B * L * H * E, element)
         queries, keys, values = np.empty(L, U), np.empty(S, U), np.empty(S, U)
         columns, spikes = np.empty(((S + WORD - 1) // WORD, E), U), np.empty(S, F)  # of values; of a fired map
-        tile, zeros, currents = np.empty((S, TILE), F), np.zeros(TILE, F), np.empty((ROWS, TILE), F)
+        tile, zeros, currents = tile_rows(S), tile_rows(1), tile_rows(ROWS)
         counts, buffer = np.zeros((ROWS, S), F), np.empty(E, F)
         potentials = np.empty((L, S if fires_map else E), F)
         first, last = next_blocks(frame, p.pieces, p.blocks, 0)
@@ -127,7 +128,7 @@ def forward_kernel(storage: torch.dtype, fire: str | None, divides: bool, hard_r
                                     result[e] += F(np.int64(count_bits(word & column[e])))
                         else:
                             if i % ROWS == 0:
-                                attend_rows(queries, i, keys, tile, is_causal, counts, zeros, currents)
+                                attend_rows(queries, i, keys, tile, E, is_causal, counts, zeros, currents)
                             current = currents[i % ROWS, :E]
                             for e in range(E):
                                 current[e] = current[e] * own_scale

@@ -24,8 +24,9 @@ from spikeattn._cpu.neuron import (
     surrogate_scalars,
 )
 from spikeattn._cpu.storage import ELEMENT, load_row, store_row, target_row
+from spikeattn._cpu.streams import prefetch
 from spikeattn._cpu.threads import spread
-from spikeattn._cpu.vectors import ROWS, TILE, multiply
+from spikeattn._cpu.vectors import ROWS, TILE, multiply, tile_rows
 from spikeattn._leak import has_exact_reciprocal
 from spikeattn.ops.spiking_attention.cpu import (
     INPUTS,
@@ -41,6 +42,7 @@ from spikeattn.ops.spiking_attention.layout import in_one_piece, rows_in_one_pie
 from spikeattn.ops.surrogate import Surrogate
 
 _TRAJECTORY = 1 << 18  # floats of H that are kept of a head
+_MOST_QUERIES = 512  # whose gradients a key and a value add up one after another, in float32
 
 _BACKWARD = Frame(f"{INPUTS} grad gradT gradB gradH gradL grad_q grad_k grad_v kind", "tau v_threshold v_rest a b")
 _record = _BACKWARD.record
@@ -49,7 +51,8 @@ _record = _BACKWARD.record
 def takes_backward(q: Tensor, k: Tensor, scale: Tensor, fire: str | None) -> bool:
     """Whether the kernel takes such a call."""
     T, _, _, L, E = q.shape
-    return fire != "map" and takes(q, k, scale, is_causal=False) and L * max(T * E, TILE) <= _TRAJECTORY
+    fits = L <= _MOST_QUERIES and (fire is None or T * L * E <= _TRAJECTORY)
+    return fire != "map" and fits and takes(q, k, scale, is_causal=False)
 
 
 @inline
@@ -82,11 +85,11 @@ def backward_kernel(storage: torch.dtype, fires: bool, divides: bool, hard_reset
         grad_v = memory(p.grad_v, T * B * S * H * E, element)
         queries, keys, values = np.empty((T, L), U), np.empty((T, S), U), np.empty((T, S), U)
         h_seq, carries = np.empty((T if fires else 0, L, E), F), np.empty((L, E), F)
-        currents, slopes, buffer = np.empty((ROWS, TILE), F), np.empty(E, F), np.empty(E, F)
+        currents, slopes, buffer = tile_rows(ROWS), np.empty(E, F), np.empty(E, F)
         # Rows of `TILE` numbers, with room for what `multiply` reads and writes beyond the last.
         most = max(L, S, E) + ROWS
-        G, grad_map, counts = np.zeros((most, TILE), F), np.zeros((most, TILE), F), np.zeros((most, TILE), F)
-        spikes, product, zeros = np.zeros((most, TILE), F), np.empty((most, TILE), F), np.zeros(TILE, F)
+        G, grad_map, counts = tile_rows(most), tile_rows(most), tile_rows(most)
+        spikes, product, zeros = tile_rows(most), tile_rows(most), tile_rows(1)
         shared, columns = np.zeros((ROWS, S), F), np.empty((1, E), U)
         first, last = next_blocks(frame, p.pieces, p.blocks, 0)
         while first < last:
@@ -103,7 +106,7 @@ def backward_kernel(storage: torch.dtype, fires: bool, divides: bool, hard_reset
                         unpack_rows(own_v, spikes)
                         for i in range(L):
                             if i % ROWS == 0:
-                                attend_rows(own_q, i, own_k, spikes, is_causal, shared, zeros, currents)
+                                attend_rows(own_q, i, own_k, spikes, E, is_causal, shared, zeros, currents)
                             current = currents[i % ROWS, :E]
                             own_scale = scale[b * p.scaleB + h * p.scaleH + i * p.scaleL]
                             for e in range(E):
@@ -117,6 +120,8 @@ def backward_kernel(storage: torch.dtype, fires: bool, divides: bool, hard_reset
                     for i in range(L):
                         own_scale = scale[b * p.scaleB + h * p.scaleH + i * p.scaleL]
                         at = t * p.gradT + b * p.gradB + h * p.gradH + i * p.gradL
+                        if t > 0:
+                            prefetch(grad, at - p.gradT, E)
                         grad_s = load_row(grad[at : at + E], buffer)
                         if fires:
                             derivative_row(kind, h_seq[t, i], v_threshold, a, b_, slopes)
