@@ -1,6 +1,8 @@
 """Conversations that are no data set: utterances, and how they are read from JSON Lines and CSV."""
 
+import codecs
 import csv
+import io
 import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping
@@ -46,7 +48,8 @@ def read_conversations(path: Path) -> dict[str, list[Utterance]]:
     Columns are ``speaker``, ``text`` and, if wanted, ``dialogue`` (a name; without it all are one dialogue),
     ``features`` and ``clip`` (a path). ``features`` is the path of a ``.safetensors`` file with a tensor [F] by
     modality, or an object from modality to a list of numbers or to the path of an ``.npy`` file, in CSV as JSON.
-    Paths start from the folder of ``path``. Empty lines are passed over.
+    Paths start from the folder of ``path``. Empty lines are passed over. Lines of CSV end as csv has it, by a carriage
+    return alone, too.
 
     Args:
         path: The file, UTF-8.
@@ -57,12 +60,12 @@ def read_conversations(path: Path) -> dict[str, list[Utterance]]:
     Raises:
         ConversationError: A line is not as it must be, or there is none; the message names it.
     """
+    table = path.suffix.lower() == ".csv"
     dialogues: dict[str, list[Utterance]] = {}
     with path.open("rb") as file:
-        for dialogue, utterance in _utterances(file, path, path.parent, path.suffix.lower() == ".csv"):
+        lines = io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline="" if table else "\n")
+        for dialogue, utterance in _utterances(lines, path, path.parent, table):
             dialogues.setdefault(dialogue, []).append(utterance)
-    if not dialogues:
-        raise ConversationError(f"{path} holds no utterance.")
     return dialogues
 
 
@@ -70,22 +73,25 @@ def read_live(stream: BinaryIO) -> Iterator[tuple[str, Utterance]]:
     """Read utterances from a stream, each as soon as its line is there; otherwise as `read_conversations`.
 
     Args:
-        stream: JSON Lines, or CSV if its first line is neither empty nor an object. Paths start from here.
+        stream: JSON Lines, or CSV if its first line is a header with ``speaker`` and ``text``, each line with a newline
+            at its end. Paths start from here.
 
     Returns:
         Dialogue, "" where none is named, and utterance, in their order.
 
     Raises:
-        ConversationError: A line is not as it must be; the message names it.
+        ConversationError: A line is not as it must be, or there is none; the message names it.
     """
-    first = stream.readline()
-    table = bool(first.strip()) and not first.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"{")
-    return _utterances(itertools.chain([first], stream), "standard input", Path(), table)
+    first = stream.readline().removeprefix(codecs.BOM_UTF8)
+    names = {name.strip(b' "\r\n') for name in first.split(b",")}
+    lines = (line.decode("utf-8", "surrogateescape") for line in itertools.chain([first], stream))
+    return _utterances(lines, "standard input", Path(), {b"speaker", b"text"} <= names)
 
 
-def _utterances(lines: Iterable[bytes], name: Path | str, folder: Path, table: bool) -> Iterator[tuple[str, Utterance]]:
-    """Dialogue and utterance of each row, as the lines come."""
-    text = _decoded(lines, name)
+def _utterances(lines: Iterable[str], name: Path | str, folder: Path, table: bool) -> Iterator[tuple[str, Utterance]]:
+    """Dialogue and utterance of each row, at least one, as the lines come, decoded with "surrogateescape"."""
+    text = _checked(lines, name)
+    where = ""
     for line, row in _csv_rows(name, text) if table else _json_rows(name, text):
         where = f"{name}, line {line}"
         speaker, said, dialogue, clip = (_string(row, name, where) for name in ("speaker", "text", "dialogue", "clip"))
@@ -99,15 +105,18 @@ def _utterances(lines: Iterable[bytes], name: Path | str, folder: Path, table: b
             where=where,
         )
         yield dialogue or "", utterance
+    if not where:
+        raise ConversationError(f"{name} holds no utterance.")
 
 
-def _decoded(lines: Iterable[bytes], name: Path | str) -> Iterator[str]:
-    """Lines as text, without a byte order mark."""
+def _checked(lines: Iterable[str], name: Path | str) -> Iterator[str]:
+    """Lines without bytes that were not UTF-8, which "surrogateescape" has kept as surrogates."""
     for number, line in enumerate(lines, start=1):
         try:
-            yield line.decode("utf-8-sig" if number == 1 else "utf-8")
-        except UnicodeDecodeError as error:
+            line.encode()
+        except UnicodeEncodeError as error:
             raise ConversationError(f"{name}, line {number}: this is not UTF-8. Convert it.") from error
+        yield line
 
 
 def _csv_rows(name: Path | str, lines: Iterator[str]) -> Iterator[tuple[int, dict[str, Any]]]:

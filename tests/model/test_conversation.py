@@ -1,5 +1,6 @@
 """Conversations of users: read from JSON Lines and CSV, classified, and refused by line."""
 
+import io
 import json
 from dataclasses import replace
 
@@ -10,7 +11,7 @@ from model_helpers import small_config
 from safetensors.torch import save_file
 
 from spikemo_model import SpikEmo, Utterance
-from spikemo_model.conversation import ConversationError, read_conversations
+from spikemo_model.conversation import ConversationError, read_conversations, read_live
 from spikemo_model.data import Conversation, standardise, synthetic_corpus
 from spikemo_model.evaluation import predict
 from spikemo_model.hub import Origin
@@ -88,6 +89,17 @@ def test_csv_and_json_lines_give_the_same_conversation(tmp_path, jsonl):
             assert all(np.array_equal(x, theirs.features[m]) for m, x in ours.features.items())
 
 
+@pytest.mark.parametrize("end", ["\r", "\r\n", "\n"])
+def test_tables_of_any_line_end_are_read(tmp_path, end):
+    lines = ["speaker,text", 'Ünal,"Hi.\rBye, all"', "Ross," + "\N{WAVING HAND SIGN}" * 5000, "Joey,"]
+    path = tmp_path / "chat.csv"
+    path.write_bytes(("\ufeff" + end.join(lines)).encode())
+    (said,) = read_conversations(path).values()
+    assert [(u.speaker, len(u.text)) for u in said] == [("Ünal", 12), ("Ross", 5000), ("Joey", 0)]
+    assert said[0].text == "Hi.\rBye, all"
+    assert [u.where[-6:] for u in said] == ["line 3", "line 4", "line 5"]
+
+
 BAD_LINES = {
     "half a line": ('{"speaker": "Joey", "te', "line 2: this is no JSON"),
     "a list": ("[1, 2]", r"line 2: a line must be a JSON object, got \[1, 2\]"),
@@ -124,6 +136,8 @@ def test_bad_lines_are_named(tmp_path, jsonl, case):
         (b"speaker,text\nJoey,Hi.\nRoss," + b"x" * 200_000 + b"\n", r"line 3: this is no CSV \(field larger"),
         (b'speaker,text\n"Joey,Hi.\nRoss,Hi.\n', r"line 3: this is no CSV \(unexpected end of data"),
         (b"speaker,text\n\nJo\xe9y,Hi.\n", "line 3: this is not UTF-8"),
+        (b"speaker,text\rJoey,Hi.\rJo\xe9y,Hi.\r", "line 3: this is not UTF-8"),
+        (b"speaker,text\n" + 3000 * b"Joey,Hi.\n" + b"Joey,\xc3", "line 3002: this is not UTF-8"),
         (b"speaker,text\n\n", "holds no utterance"),
         (b"", "holds no utterance"),
     ],
@@ -133,6 +147,38 @@ def test_bad_tables_are_named(tmp_path, content, message):
     path.write_bytes(content)
     with pytest.raises(ConversationError, match=message):
         read_conversations(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "standard input holds no utterance"),
+        (b"\xef\xbb\xbf\n\n", "standard input holds no utterance"),
+        (b"speaker,text\n", "standard input holds no utterance"),
+        (b"[1]", r"standard input, line 1: a line must be a JSON object, got \[1\]"),
+        (b'"speaker": "Joey", "text": "Hi."}\n', "standard input, line 1: this is no JSON"),
+        (b"speaker,said\nJoey,Hi.\n", "standard input, line 1: this is no JSON"),
+        (b"speaker,text\nJo\xe9y,Hi.\n", "standard input, line 2: this is not UTF-8"),
+        (b"speaker,text\rJoey,Hi.\r", "standard input, line 1: this is no"),
+    ],
+)
+def test_a_stream_that_holds_nothing_or_no_utterances_is_an_error(content, message):
+    with pytest.raises(ConversationError, match=message):
+        list(read_live(io.BytesIO(content)))
+
+
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        'dialogue,"text","speaker"\r\na,Hi.,Joey\r\n',
+        '{"speaker": "Joey", "text": "Hi.", "dialogue": "a"}',
+        '\n\n  {"speaker": "Joey", "text": "Hi.", "dialogue": "a"}\r\n',
+    ],
+)
+def test_a_stream_is_csv_by_its_header_else_json_lines(content, mark):
+    ((dialogue, said),) = read_live(io.BytesIO((mark + content).encode()))
+    assert (dialogue, said.speaker, said.text) == ("a", "Joey", "Hi.")
 
 
 def test_probabilities_are_those_of_the_standardised_dialogue(model):
