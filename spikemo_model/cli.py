@@ -307,19 +307,28 @@ def _predict_live(model: SpikEmo, as_json: bool) -> None:
     from spikemo_model.live import LiveConversation
     from spikemo_model.report import format_table
 
+    if sys.stdin is None:
+        raise ValueError("predict: --live reads standard input, which is closed. Pipe the conversation into it.")
     LiveConversation(model)  # refuses a model that is not causal before anybody has said anything
     conversations: dict[str, LiveConversation] = {}
-    header_shown = False
+    header_shown, named = False, ""
     columns = max(map(len, model.config.classes))
     for dialogue, utterance in read_live(sys.stdin.buffer):
-        row = conversations.setdefault(dialogue, LiveConversation(model)).add(utterance)
+        if dialogue not in conversations:
+            conversations[dialogue] = LiveConversation(model)
+        row = conversations[dialogue].add(utterance)
         if as_json:
             typer.echo(_json_line(dialogue, utterance, row))
-        else:
-            header = ("utterance".ljust(_SAID), "emotion".rjust(columns), *row)
-            lines = format_table([header, _table_row(utterance, row)]).splitlines()
-            typer.echo("\n".join(lines[2:] if header_shown else lines))
+            continue
+        header = ("utterance".ljust(_SAID), "emotion".rjust(columns), *row)
+        *head, line = format_table([header, _table_row(utterance, row)]).splitlines()
+        if not header_shown:
+            typer.echo("\n".join(head))
             header_shown = True
+        if dialogue != named:
+            typer.echo(dialogue)
+            named = dialogue
+        typer.echo(line)
 
 
 def _json_line(dialogue: str, u: Utterance, row: dict[str, float]) -> str:

@@ -1,6 +1,7 @@
 """The command line: train, evaluate, predict and import as a user calls them, and one line for what is wrong."""
 
 import csv
+import io
 import json
 import re
 import select
@@ -320,6 +321,26 @@ def test_live_prints_one_table_and_names_a_bad_line(live_model):
     assert {len(line) for line in lines} == {len(lines[0])}
     assert process.returncode == 1
     assert re.fullmatch(r"error: standard input, line 3: this is no JSON \(.*\)\.\n", errors.decode())
+
+
+def test_live_names_each_dialogue_when_it_goes_on(live_model, run, monkeypatch):
+    said = [("", "Hi."), ("one", "So?"), ("one", "No."), ("two", "Yes."), ("one", "Oh."), ("", "Bye.")]
+    rows = [{"speaker": "a", "text": t, "dialogue": d, "features": {"audio": [1, 2, 3]}} for d, t in said]
+    lines = "".join(f"{json.dumps(row)}\n" for row in rows)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines.encode())))
+    status, output, errors = run("predict", live_model, "--live")
+    assert (status, errors) == (0, "")
+    shown = [line[:7].strip() for line in output.splitlines()[2:]]
+    assert shown == ["a: Hi.", "one", "a: So?", "a: No.", "two", "a: Yes.", "one", "a: Oh.", "", "a: Bye."]
+
+
+def test_live_without_standard_input_is_an_error(live_model):
+    command = f"{sys.executable} -m spikemo_model predict {live_model} --live <&-"
+    done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == (
+        "error: predict: --live reads standard input, which is closed. Pipe the conversation into it.\n"
+    )
 
 
 def test_a_model_that_sees_the_future_is_refused_before_anybody_speaks(chat, run):
