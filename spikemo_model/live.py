@@ -1,5 +1,6 @@
 """Conversations that are classified as they go on."""
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
@@ -48,9 +49,8 @@ class LiveConversation:
             Emotion to probability.
 
         Raises:
-            ConversationError: Features are missing, not finite or of another width, or the model's text features
-                need the utterances around.
-            ValueError: It brings other modalities than the utterances before.
+            ConversationError: Features are missing, not finite, of another width or of other modalities than those of
+                the utterances before, or the model's text features need the utterances around.
         """
         extractor = self.model.origin.extractors.get("text", {})
         if "text" not in utterance.features and extractor.get("name") == "ContextEncoder":
@@ -59,8 +59,17 @@ class LiveConversation:
                 "Give features, or train on those of an encoder of single utterances (train --text ENCODER)."
             )
         batch = collate([prepare([utterance], self.model.config, self.model.origin)])
+        if self._state is not None and tuple(batch.features) != self._state.brings[1]:
+            raise ConversationError(
+                f"{utterance.where or 'LiveConversation'}: there are {_listed(batch.features)} features, but "
+                f"{_listed(self._state.brings[1])} in the utterances before. Give the same for the whole conversation."
+            )
         number = self._speakers.setdefault(utterance.speaker, len(self._speakers))
         batch = replace(batch, speakers=torch.full_like(batch.speakers, number), parties=number + 1)
         with torch.no_grad():
             (logits, _), self._state = self.model.step(batch.to(next(self.model.parameters()).device), self._state)
         return dict(zip(self.model.config.classes, logits[0, 0].softmax(-1).tolist(), strict=True))
+
+
+def _listed(names: Iterable[str]) -> str:
+    return " and ".join(names)

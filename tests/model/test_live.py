@@ -50,3 +50,15 @@ def test_what_cannot_be_heard_live_says_so():
     live.model.origin = Origin(extractors={"text": {"name": "ContextEncoder", "encoder": "x", "max_tokens": 8}})
     with pytest.raises(ConversationError, match="future included"):
         live.add(Utterance("Joey", "hm", {"audio": torch.randn(3)}))
+
+
+def test_other_modalities_than_before_are_named_and_change_nothing():
+    model = SpikEmo(small_config(("text", "audio"), ("forward", "none"), is_causal=True, modality_dropout=0.3))
+    text, audio = {"text": torch.randn(6)}, {"audio": torch.randn(3)}
+    live, other = LiveConversation(model), LiveConversation(model)
+    assert live.add(Utterance("Joey", "", text)) == other.add(Utterance("Joey", "", text))
+    with pytest.raises(ConversationError, match=r"^line 2: there are text and audio features, but text in the utt"):
+        live.add(Utterance("Ross", "", {**audio, **text}, where="line 2"))
+    with pytest.raises(ConversationError, match=r"^LiveConversation: there are audio .* for the whole conversation"):
+        live.add(Utterance("Ross", "", audio))
+    assert live.add(Utterance("Rachel", "", text)) == other.add(Utterance("Rachel", "", text))
