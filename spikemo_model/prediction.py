@@ -98,8 +98,12 @@ def fit(corpus: Corpus, config: SpikEmoConfig, origin: Origin) -> Corpus:
             f"{corpus.name} has features {corpus.widths} and the classes {corpus.classes}, the model wants {widths} "
             f"and {config.classes}. Choose the data and text features that it was trained on."
         )
-    known = [name for name in corpus.about if name in origin.about]
+    # of a modality that the model remembers nothing of, features are taken as they are
+    known = [m for m in corpus.about if m in origin.about or m in origin.standardised or m in origin.reduced]
     scales = _left(corpus, "standardised", corpus.standardised, origin.standardised, known)
+    late = next((name for name in scales if name in corpus.reduced), None)
+    if late:
+        raise _otherwise(corpus, late, "standardised")
     reductions = _left(corpus, "reduced", corpus.reduced, origin.reduced, known)
     return reduce_by(standardise_by(corpus, scales), reductions)
 
@@ -108,11 +112,15 @@ def _left(corpus: Corpus, how: str, done: _Constants, wanted: _Constants, modali
     """What is ``wanted`` of ``modalities`` and not ``done``; what is done must be as wanted."""
     for name in modalities:
         if name in done and not (name in wanted and all(map(torch.equal, done[name], wanted[name]))):
-            raise ValueError(
-                f"{corpus.name}: {name} features are {how} in another way than those that the model was trained on. "
-                "Choose the data and text features that it was trained on."
-            )
+            raise _otherwise(corpus, name, how)
     return {name: wanted[name] for name in modalities if name in wanted and name not in done}
+
+
+def _otherwise(corpus: Corpus, modality: str, how: str) -> ValueError:
+    return ValueError(
+        f"{corpus.name}: {modality} features are {how} in another way than those that the model was trained on. "
+        "Choose the data and text features that it was trained on."
+    )
 
 
 def _has(utterance: Utterance, modality: str, origin: Origin) -> bool:

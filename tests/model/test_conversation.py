@@ -10,9 +10,11 @@ import torch
 from model_helpers import small_config
 from safetensors.torch import save_file
 
-from spikemo_model import SpikEmo, Utterance
+from spikemo_model import SpikEmo, SpikEmoConfig, Utterance
+from spikemo_model.config import ModalityConfig
 from spikemo_model.conversation import ConversationError, read_conversations, read_live
 from spikemo_model.data import Conversation, standardise, synthetic_corpus
+from spikemo_model.data.corpus import reduce_by
 from spikemo_model.evaluation import predict
 from spikemo_model.hub import Origin
 from spikemo_model.prediction import fit
@@ -262,3 +264,17 @@ def test_a_corpus_is_standardised_as_the_model_has_learned_it_and_once():
         fit(own, config, replace(origin, standardised={}))
     with pytest.raises(ValueError, match=r"has features \{'audio': 24, 'text': 64\} .*the model wants"):
         fit(raw, replace(config, classes=("glad", "sad")), origin)
+
+
+def test_a_corpus_is_reduced_by_a_model_that_has_no_words_for_it_and_not_before_it_is_standardised():
+    raw = synthetic_corpus(8).select(["audio"])
+    own = standardise(raw, ["audio"])
+    reduction = {"audio": (torch.randn(24), torch.randn(24, 2))}
+    own = reduce_by(own, reduction)
+    origin = Origin(standardised=own.standardised, reduced=reduction)
+    config = SpikEmoConfig({"audio": ModalityConfig(2, "none")}, dim=16)
+    fitted = fit(raw, config, origin)
+    for ours, theirs in zip(fitted.splits["test"], own.splits["test"], strict=True):
+        assert torch.equal(ours.features["audio"], theirs.features["audio"])
+    with pytest.raises(ValueError, match="synthetic: audio features are standardised in another way"):
+        fit(reduce_by(raw, reduction), config, origin)
