@@ -113,7 +113,14 @@ class Corpus:
             split: tuple(replace(d, features={name: d.features[name] for name in modalities}) for d in dialogues)
             for split, dialogues in self.splits.items()
         }
-        return replace(self, splits=splits, about={name: self.about[name] for name in modalities})
+        return replace(
+            self,
+            splits=splits,
+            about={name: self.about[name] for name in modalities},
+            standardised={name: x for name, x in self.standardised.items() if name in modalities},
+            reduced={name: x for name, x in self.reduced.items() if name in modalities},
+            extractors={name: made for name, made in self.extractors.items() if name in modalities},
+        )
 
 
 def _check_dialogue(corpus: Corpus, split: str, dialogue: Conversation) -> None:

@@ -26,6 +26,7 @@ from spikemo_model.data import (
     standardise,
     synthetic_corpus,
 )
+from spikemo_model.data.corpus import reduce_by
 from spikemo_model.data.loader import DialogueLoader
 
 
@@ -379,3 +380,16 @@ def test_a_loader_goes_on_where_it_was(cut):
 def test_more_processes_than_dialogues_is_an_error():
     with pytest.raises(ValueError, match="2 processes need at least as many dialogues"):
         DialogueLoader([conversation()], 4, seed=0, rank=0, world_size=2)
+
+
+def test_a_choice_of_modalities_leaves_nothing_of_the_others(tmp_path):
+    corpus = standardise(synthetic_corpus(8), ["audio", "text"])
+    extractors = {name: {"name": f"of {name}"} for name in ("audio", "text")}
+    reductions = {name: (torch.zeros(width), torch.eye(width, 2)) for name, width in corpus.widths.items()}
+    corpus = replace(reduce_by(corpus, reductions), extractors=extractors)
+    save_corpus(corpus.select(["text"]), tmp_path / "text")
+    written = load_file(tmp_path / "text" / "features.safetensors")
+    assert not [name for name in written if name.endswith(("/audio", "/visual"))]
+    stored = load_corpus(tmp_path / "text")
+    assert stored.extractors == {"text": {"name": "of text"}}
+    assert (list(stored.standardised), list(stored.reduced)) == (["text"], ["text"])
