@@ -12,12 +12,12 @@ import argparse
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from spikemo_model import SpikEmo
 from spikemo_model.conversation import Utterance
 from spikemo_model.data import Corpus
-from spikemo_model.hub import Origin
 from spikemo_model.job import Job, locate, run_job
 from spikemo_model.live import LiveConversation
 from spikemo_model.prediction import fit
@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> None:
                 run_job(job, Path(folder))
                 model = SpikEmo.from_pretrained(Path(folder) / "seed0")
         corpus = fit(corpus, model.config, model.origin)
-        model.origin = Origin()  # features are standardised already
+        model.origin = replace(model.origin, standardised={}, reduced={})  # the features are so already
         play(model, corpus, options.dialogues, options.pause)
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
