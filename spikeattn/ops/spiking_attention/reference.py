@@ -28,7 +28,7 @@ def product(a: Tensor, b: Tensor, c: Tensor, order: str = "auto", is_causal: boo
     return _causal_state_first(a, b, c) if is_causal else a @ (b.transpose(-1, -2) @ c)
 
 
-# Tokens for each channel up to which a GPU takes a causal gradient by way of the whole map.
+# Tokens for each channel up to which a causal gradient goes by way of the whole map.
 _SHORT = 8
 
 
@@ -144,7 +144,7 @@ def attend_backward(
 def product_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of ``q``, ``k``, ``v`` from that of ``(Q K^T) V``, in the cheaper order."""
     order = cheaper_order(q.shape[-2], k.shape[-2], q.shape[-1], v.shape[-1], is_causal)
-    if is_causal and q.is_cuda and k.shape[-2] <= _SHORT * q.shape[-1]:
+    if is_causal and k.shape[-2] <= _SHORT * q.shape[-1]:
         order = "map_first"  # a few large products; chunks are many small ones
     if order == "map_first":
         grad_map, counts = grad @ v.transpose(-1, -2), q @ k.transpose(-1, -2)
