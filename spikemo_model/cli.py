@@ -1,6 +1,5 @@
 """The command line: train, evaluate, predict and import, and the commands that other parts register."""
 
-import functools
 import json
 import sys
 import textwrap
@@ -10,7 +9,9 @@ from typing import Annotated, Literal
 
 import typer
 
+from spikemo_model import experiment_cli
 from spikemo_model.conversation import Utterance, read_conversations, read_live
+from spikemo_model.features import cli as features_cli
 from spikemo_model.model import SpikEmo
 
 app = typer.Typer(
@@ -25,7 +26,6 @@ A first round, where $SPIKEMO_DATA holds meld/, or with what can be downloaded:
 )
 
 _SAID = 48  # characters shown of who said what
-_OWN = ("train", "evaluate", "predict", "import")
 
 Data = Annotated[
     Literal["meld", "mosi"], typer.Option(help="Data set: MELD, or CMU-MOSI. A feature store in --data-dir needs none.")
@@ -273,6 +273,10 @@ def import_features(
     typer.echo(f"feature store: {target}")
 
 
+experiment_cli.register(app)
+features_cli.register(app)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run a command and exit: with 0, or with 1 and one line on what is wrong.
 
@@ -281,8 +285,6 @@ def main(arguments: list[str] | None = None) -> None:
     """
     try:
         given = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
-        if given[0] not in _OWN:
-            _register_others()
         sys.exit(app(given, prog_name="python -m spikemo_model", standalone_mode=False))
     except (OSError, ValueError, ModuleNotFoundError, typer.TyperException) as error:
         message = error.format_message() if isinstance(error, typer.TyperException) else str(error)
@@ -290,16 +292,6 @@ def main(arguments: list[str] | None = None) -> None:
             message += '. Install what the command needs: pip install "spikeattn[spikemo,features]"'
         typer.echo(f"error: {' '.join(message.split())}", err=True)
         sys.exit(1)
-
-
-@functools.cache
-def _register_others() -> None:
-    """Add the commands of other parts."""
-    from spikemo_model import experiment_cli as experiments
-    from spikemo_model.features import cli as features
-
-    experiments.register(app)
-    features.register(app)
 
 
 def _predict_live(model: SpikEmo, as_json: bool) -> None:
