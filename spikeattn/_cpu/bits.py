@@ -15,6 +15,8 @@ U = np.uint64
 WORD = 64
 
 _STEP = 16  # elements that are compared together
+# Of each type in `storage.ELEMENT` (float32, float16, bfloat16): how wide it is, and what 1 looks like.
+_BITS_AND_ONE = {types.float32: (32, 0x3F800000), types.uint16: (16, 0x3C00), types.int16: (16, 0x3F80)}
 _WORD_TYPE = ir.IntType(WORD)
 
 
@@ -32,9 +34,7 @@ class _Lanes:
     """``x[first : first + count]`` in a vector register, as the integers that its bits are."""
 
     def __init__(self, context: Any, builder: Any, x_type: Any, x: Any, first: Any, count: int) -> None:
-        bits, one = (32, 0x3F800000) if x_type.dtype == types.float32 else (16, 0x3C00)
-        if x_type.dtype == types.int16:  # bfloat16
-            one = 0x3F80
+        bits, one = _BITS_AND_ONE[x_type.dtype]
         vector = ir.VectorType(ir.IntType(bits), count)
         integers = builder.bitcast(context.make_array(x_type)(context, builder, x).data, vector.element.as_pointer())
         self.pointer = builder.bitcast(builder.gep(integers, [first]), vector.as_pointer())

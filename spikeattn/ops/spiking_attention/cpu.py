@@ -67,14 +67,21 @@ def load_tokens(p, t, b, h, q, k, v, query_mask, key_mask, queries, keys, values
 
 
 @inline
-def attend_rows(queries, i, keys, values, E, is_causal, counts, zeros, out):
-    """``out[:ROWS] = Q K^T V`` of the queries from i on, and ``counts = Q K^T``; ``values`` in rows of `TILE`."""
+def attend_rows(queries, i, keys, values, E, is_causal, scale, at, scale_stride, counts, zeros, out):
+    """``out[:ROWS] = scale Q K^T V`` of the queries from i on, and ``counts = Q K^T``; ``values`` in rows of `TILE`.
+
+    The scale of query j is ``scale[at + j * scale_stride]``.
+    """
     S, last = keys.size, min(queries.size, i + ROWS)
     for own in range(i, last):
         count_row(queries[own], keys, counts[own - i])
         if is_causal:
             counts[own - i, own + 1 :] = F(0.0)
     multiply(counts, S, 1, min(last, S) if is_causal else S, last - i, values, E, zeros, out)
+    for own in range(i, last):
+        own_scale, row = scale[at + own * scale_stride], out[own - i, :E]
+        for e in range(E):
+            row[e] = row[e] * own_scale
 
 
 @cache
@@ -100,6 +107,7 @@ def forward_kernel(storage: torch.dtype, fire: str | None, divides: bool, hard_r
                 if odd[0]:  # another block holds what is no spike: the call goes to matrix products
                     break
                 b, h = block // H, block % H
+                scale_at = b * p.scaleB + h * p.scaleH
                 potentials[:] = v_rest
                 for t in range(T):
                     if not load_tokens(p, t, b, h, q, k, v, query_mask, key_mask, queries, keys, values):
@@ -109,11 +117,10 @@ def forward_kernel(storage: torch.dtype, fire: str | None, divides: bool, hard_r
                     else:
                         unpack_rows(values, tile)
                     for i in range(L):
-                        own_scale = scale[b * p.scaleB + h * p.scaleH + i * p.scaleL]
                         row = out[(((t * B + b) * L + i) * H + h) * E : (((t * B + b) * L + i) * H + h + 1) * E]
                         result = target_row(row, buffer)
                         if fires_map:
-                            current = counts[0]
+                            current, own_scale = counts[0], scale[scale_at + i * p.scaleL]
                             count_row(queries[i], keys, current)
                             for j in range(S):
                                 current[j] = current[j] * own_scale if j <= i or not is_causal else F(0.0)
@@ -128,10 +135,11 @@ def forward_kernel(storage: torch.dtype, fire: str | None, divides: bool, hard_r
                                     result[e] += F(np.int64(count_bits(word & column[e])))
                         else:
                             if i % ROWS == 0:
-                                attend_rows(queries, i, keys, tile, E, is_causal, counts, zeros, currents)
+                                attend_rows(
+                                    queries, i, keys, tile, E, is_causal, scale, scale_at, p.scaleL,
+                                    counts, zeros, currents,
+                                )  # fmt: skip
                             current = currents[i % ROWS, :E]
-                            for e in range(E):
-                                current[e] = current[e] * own_scale
                             if fires_output:
                                 step_row(
                                     current, potentials[i], result, tau, v_threshold, v_rest,

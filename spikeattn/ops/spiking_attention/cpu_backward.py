@@ -97,6 +97,7 @@ def backward_kernel(storage: torch.dtype, fires: bool, divides: bool, hard_reset
                 if odd[0]:  # another block holds what is no spike: the call goes to matrix products
                     break
                 b, h = block // H, block % H
+                scale_at = b * p.scaleB + h * p.scaleH
                 carries[:] = v_rest  # first the potentials, then their gradients
                 for t in range(T):
                     own_q, own_k, own_v = queries[t], keys[t], values[t]
@@ -106,19 +107,18 @@ def backward_kernel(storage: torch.dtype, fires: bool, divides: bool, hard_reset
                         unpack_rows(own_v, spikes)
                         for i in range(L):
                             if i % ROWS == 0:
-                                attend_rows(own_q, i, own_k, spikes, E, is_causal, shared, zeros, currents)
-                            current = currents[i % ROWS, :E]
-                            own_scale = scale[b * p.scaleB + h * p.scaleH + i * p.scaleL]
-                            for e in range(E):
-                                current[e] = current[e] * own_scale
+                                attend_rows(
+                                    own_q, i, own_k, spikes, E, is_causal, scale, scale_at, p.scaleL,
+                                    shared, zeros, currents,
+                                )  # fmt: skip
                             step_row(
-                                current, carries[i], h_seq[t, i], tau, v_threshold, v_rest,
+                                currents[i % ROWS, :E], carries[i], h_seq[t, i], tau, v_threshold, v_rest,
                                 True, divides, hard_reset, False,
                             )  # fmt: skip
                 carries[:] = F(0.0)
                 for t in range(T - 1, -1, -1):
                     for i in range(L):
-                        own_scale = scale[b * p.scaleB + h * p.scaleH + i * p.scaleL]
+                        own_scale = scale[scale_at + i * p.scaleL]
                         at = t * p.gradT + b * p.gradB + h * p.gradH + i * p.gradL
                         if t > 0:
                             prefetch(grad, at - p.gradT, E)
