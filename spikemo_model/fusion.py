@@ -1,6 +1,6 @@
 """Fusion of the modalities (paper, III-B): MultiAttn."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import cast
 
 import torch
@@ -69,8 +69,8 @@ class FusionLayer(nn.Module):
             after.append(rows)
         return last_norm(x + self.dropout(self.feed_forward(x))), after
 
-    def _attentions(self) -> list[nn.MultiheadAttention]:
-        return cast("list[nn.MultiheadAttention]", self.attentions)
+    def _attentions(self) -> Iterable[nn.MultiheadAttention]:
+        return cast("Iterable[nn.MultiheadAttention]", self.attentions)
 
 
 def _keys_and_values(attention: nn.MultiheadAttention, other: Tensor) -> Tensor:
