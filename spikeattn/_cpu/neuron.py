@@ -12,6 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from spikeattn._cpu.compiler import Kernel, helper, inline
+from spikeattn._cpu.exponential import exp2
 from spikeattn._leak import leak
 
 F = np.float32
@@ -76,27 +77,6 @@ def grad_row(grad_s, sg, h, carry, out, tau, v_threshold, v_rest, decay_input, d
         carry[i] = grad_h - through
 
 
-@inline
-def exp(x):
-    """e^x within 1 ulp over the whole range of float32; the usual polynomial (Cephes), which vectorises."""
-    shift = F(12582912.0)  # 1.5 * 2^23: adding it rounds to an integer
-    x = min(max(x, F(-104.0)), F(89.0))
-    n = (x * F(1.44269504088896341) + shift) - shift
-    r = (x - n * F(0.693145751953125)) - n * F(1.428606765330187e-06)
-    p = F(1.9875691500e-4)
-    p = p * r + F(1.3981999507e-3)
-    p = p * r + F(8.3334519073e-3)
-    p = p * r + F(4.1665795894e-2)
-    p = p * r + F(1.6666665459e-1)
-    p = p * r + F(5.0000001201e-1)
-    p = (p * (r * r) + r) + F(1.0)
-    k = np.int32(n)
-    half = k >> np.int32(1)  # 2^k in two factors: subnormals and infinity come out right
-    low = np.int32((half + np.int32(127)) << np.int32(23)).view(F)
-    high = np.int32((k - half + np.int32(127)) << np.int32(23)).view(F)
-    return p * low * high
-
-
 def neuron_scalars(tau: float, r_tau: Tensor | None, v_threshold: float, v_reset: float | None) -> dict[str, float]:
     """What a frame takes for a neuron."""
     tau = leak(tau) if r_tau is None else r_tau.item()
@@ -105,14 +85,15 @@ def neuron_scalars(tau: float, r_tau: Tensor | None, v_threshold: float, v_reset
 
 def surrogate_scalars(name: str, alpha: float) -> dict[str, float]:
     """What a frame takes for a surrogate: which formula of `derivative_row`, and its two constants."""
+    log2_e = math.log2(math.e)  # the exponentials have base 2
     constants = {
-        "sigmoid": (alpha, 0.0),
+        "sigmoid": (alpha * log2_e, alpha),
         "atan": (math.pi / 2 * alpha, alpha / 2),
         "piecewise_quadratic": (alpha, alpha * alpha),
-        "piecewise_exp": (-alpha, alpha / 2),
+        "piecewise_exp": (-alpha * log2_e, alpha / 2),
         "soft_sign": (1 / alpha, 2 * alpha),
         "super_spike": (alpha, 0.0),
-        "erf": (alpha, alpha / math.sqrt(math.pi)),
+        "erf": (alpha * math.sqrt(log2_e), alpha / math.sqrt(math.pi)),
         "rect": (alpha, 0.5 / alpha),
     }
     a, b = constants.get(name, (0.0, 0.0))  # a derivative of one's own has its constants inside
@@ -121,12 +102,12 @@ def surrogate_scalars(name: str, alpha: float) -> dict[str, float]:
 
 @helper
 def derivative_row(kind, h, v_threshold, a, b, sg):
-    """Slope of the surrogate at ``h - v_threshold``; formulas and order as in ``ops/surrogate.py``."""
+    """Slope of the surrogate at ``h - v_threshold``; formulas, and but for exponentials the order, of `Surrogate`."""
     one = F(1.0)
     if kind == SIGMOID:
         for i in range(h.size):
-            s = one / (one + exp(-(a * (h[i] - v_threshold))))
-            sg[i] = (one - s) * s * a
+            e = exp2(-abs(a * (h[i] - v_threshold)))  # the slope is even, and so written never a small difference
+            sg[i] = b * e / ((one + e) * (one + e))
     elif kind == ATAN:
         for i in range(h.size):
             z = (h[i] - v_threshold) * a
@@ -137,7 +118,7 @@ def derivative_row(kind, h, v_threshold, a, b, sg):
             sg[i] = F(0.0) if y < F(0.0) else y
     elif kind == PIECEWISE_EXP:
         for i in range(h.size):
-            sg[i] = b * exp(a * abs(h[i] - v_threshold))
+            sg[i] = b * exp2(a * abs(h[i] - v_threshold))
     elif kind == SOFT_SIGN:
         for i in range(h.size):
             z = a + abs(h[i] - v_threshold)
@@ -149,7 +130,7 @@ def derivative_row(kind, h, v_threshold, a, b, sg):
     elif kind == ERF:
         for i in range(h.size):
             z = a * (h[i] - v_threshold)
-            sg[i] = b * exp(-z * z)
+            sg[i] = b * exp2(-z * z)
     else:
         for i in range(h.size):
             sg[i] = a if abs(h[i] - v_threshold) < b else F(0.0)

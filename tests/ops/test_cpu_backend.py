@@ -3,6 +3,7 @@
 import logging
 
 import numba
+import numpy as np
 import pytest
 import torch
 from cases import DYNAMICS, RATIONAL, SURROGATES, currents, ids
@@ -14,6 +15,7 @@ from spikingjelly.activation_based import surrogate as theirs
 
 from spikeattn import LIF, ATan, BackendUnavailableError, CustomSurrogate, Rect, Sigmoid, backend_status, lif
 from spikeattn._cpu import streams
+from spikeattn._cpu.exponential import exp2
 from spikeattn._cpu.neuron import F, derivative_row, surrogate_scalars
 from spikeattn._cpu.storage import ELEMENT, load_row, store_row
 from spikeattn.ops.lif import cpu
@@ -133,14 +135,14 @@ def test_results_that_pass_the_caches_by_have_the_same_bits(dynamics, streamed, 
     monkeypatch.setattr(cpu, "_SEGMENT", 4)
     T, N = 9, 40_000  # blocks of two chunks, and a last one of a part of a chunk
     x, v0 = currents(T, N), torch.randn(N)
-    for return_v_seq in (False, True):
-        options["return_v_seq"] = return_v_seq
+    for return_v_seq, learned in ((False, False), (True, False), (True, True)):
+        options |= {"return_v_seq": return_v_seq, "learned": learned}
         (outputs, grads), (wanted, wanted_grads) = (results(x, v0, b, **options) for b in ("numba", "torch"))
         assert all(map(torch.equal, outputs, wanted))
-        assert all(map(torch.equal, grads, wanted_grads))
+        assert all(map(torch.equal, grads[:2], wanted_grads[:2]))
     for strided in (x[:1].expand(T, N), x[::2]):
         assert torch.equal(lif(strided, v0, backend="numba").spikes, lif(strided, v0, backend="torch").spikes)
-    assert streamed == [True] * 6
+    assert streamed == [True] * 8
 
 
 def test_only_large_results_of_whole_cache_lines_pass_the_caches_by():
@@ -153,10 +155,28 @@ def test_only_large_results_of_whole_cache_lines_pass_the_caches_by():
     assert not streams.streams(torch.empty(1 << 9, 1 << 14, dtype=torch.bfloat16), 1 << 14)
 
 
+def test_the_exponential_errs_by_one_ulp_and_ends_in_zero_before_subnormals():
+    @numba.njit
+    def powers(t, out):
+        for i in range(t.size):
+            out[i] = exp2(t[i])
+
+    t = np.linspace(-125, 0, 1_000_001, dtype=np.float32)
+    out = np.empty_like(t)
+    powers(t, out)
+    exact = np.exp2(t.astype(np.float64))
+    assert (np.abs(out - exact) / exact).max() <= 2**-23
+    assert out[-1] == 1
+    t = np.array([-125.001, -149, -1e6, -3e38, -np.inf, np.nan], np.float32)
+    out = np.empty_like(t)
+    powers(t, out)
+    np.testing.assert_array_equal(out, [0, 0, 0, 0, 0, np.nan])
+
+
 @given(neurons=st.integers(0, 1 << 32), kept_steps=st.integers(1, 1024))
 def test_a_block_is_narrow_enough_for_the_cache_and_the_threads(neurons, kept_steps):
     width = cpu.block_width(neurons, kept_steps)
-    assert 64 <= width <= 8192
+    assert 64 <= width <= 2048
     assert width.bit_count() == 1
     if width > 64:
         assert width * kept_steps <= 1 << 17

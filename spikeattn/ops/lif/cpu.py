@@ -27,7 +27,7 @@ from spikeattn._leak import has_exact_reciprocal
 from spikeattn.ops.surrogate import Surrogate
 
 # Neurons of a block: many, since memory is read fastest in long rows, and few enough for every thread to have blocks.
-_WIDEST, _NARROWEST, _FEWEST_BLOCKS = 8192, 64, 32
+_WIDEST, _NARROWEST, _FEWEST_BLOCKS = 2048, 64, 32
 # The backward keeps H of a block over time: at most this many steps, and no more floats than fit a core's L2 cache.
 _SEGMENT = 1024
 _TRAJECTORY = 1 << 17
@@ -115,6 +115,7 @@ def backward_kernel(
         grad_x = memory(p.grad_x, N if static else time_steps * N, element)
         v0, grad_v, grad_v0 = memory(p.v0, p.v0_size, F), memory(p.grad_v, p.grad_v_size, F), memory(p.grad_v0, N, F)
         grad_v_seq, grad_r_tau = memory(p.grad_v_seq, time_steps * N, F), memory(p.grad_r_tau, p.blocks, np.float64)
+        streamed = may_stream and p.streams != 0
         segments = (time_steps + segment - 1) // segment
         starts = np.empty((segments, width), np.float32)  # V before each segment
         h_seq = np.empty((segment, width), np.float32)
@@ -139,7 +140,7 @@ def backward_kernel(
                     else:
                         v[:] = starts[part, :n]
                     for t in range(begin, end):
-                        if p.streams and t + 1 < end:
+                        if streamed and t + 1 < end:
                             prefetch(x, (t + 1) * x_stride + lo, n)
                         current = load_row(x[t * x_stride + lo : t * x_stride + hi], buffers[4, :n])
                         h = h_seq[t - begin, :n]
@@ -152,24 +153,12 @@ def backward_kernel(
                             grad = grad_v_seq[t * N + lo : t * N + hi]
                             for i in range(n):
                                 carry[i] = carry[i] + grad[i]
-                        if may_stream and p.streams:  # to one gradient a step, and none of tau
-                            for c in range(0, n, CHUNK):
-                                to, at = min(n, c + CHUNK), t * grad_stride + lo
-                                if t > 0:
-                                    prefetch(grad_spikes, at - grad_stride + c, to - c)
-                                derivative_row(kind, h[c:to], v_threshold, a, b, sg[c:to])
-                                grad_s = load_row(grad_spikes[at + c : at + to], buffers[4, c:to])
-                                out = buffers[5, : to - c]
-                                grad_row(
-                                    grad_s, sg[c:to], h[c:to], carry[c:to], out, tau, v_threshold, v_rest,
-                                    decay_input, divides, hard_reset, detach_reset,
-                                )  # fmt: skip
-                                stream(grad_x, t * N + lo + c, out)
-                            continue
+                        if streamed and t > 0:
+                            prefetch(grad_spikes, (t - 1) * grad_stride + lo, n)
                         derivative_row(kind, h, v_threshold, a, b, sg)
                         grad_s = load_row(grad_spikes[t * grad_stride + lo : t * grad_stride + hi], buffers[4, :n])
                         row = grad_x[lo:hi] if static else grad_x[t * N + lo : t * N + hi]
-                        out = buffers[5, :n] if static else target_row(row, buffers[5, :n])
+                        out = buffers[5, :n] if static or streamed else target_row(row, buffers[5, :n])
                         # With a learned tau dL/dH[t] is needed, too: it is what would pass if the input did not decay.
                         grad_row(
                             grad_s, sg, h, carry, out, tau, v_threshold, v_rest,
@@ -183,6 +172,8 @@ def backward_kernel(
                         if static:
                             for i in range(n):
                                 total[i] = total[i] + out[i]
+                        elif streamed:
+                            stream(grad_x, t * N + lo, out)
                         else:
                             store_row(row, out)
                         if learned:
@@ -285,7 +276,7 @@ def lif_backward_cpu(
         v0=v0.data_ptr(), v0_size=v0_size,
         grad_x=grad_x.data_ptr(), grad_v0=grad_v0.data_ptr(), grad_r_tau=parts.ctypes.data,
         N=N, time_steps=time_steps, static=x.shape[0] == 1, segment=min(time_steps, _SEGMENT), width=width,
-        streams=r_tau is None and x.shape[0] > 1 and streams(grad_x, N),
+        streams=x.shape[0] > 1 and streams(grad_x, N),
         **neuron_scalars(tau, r_tau, v_threshold, v_reset), **surrogate_scalars(surrogate.name, surrogate.alpha),
     )  # fmt: skip
     grad_r_tau = torch.zeros(()) if r_tau is None else torch.tensor(parts.sum(), dtype=torch.float32)
