@@ -12,7 +12,7 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 _plain_keys: dict[int, bool] = {}  # whether so marked a tensor is plain
 
 
-def _watched(inputs: tuple) -> bool:
+def watched(inputs: tuple) -> bool:
     """Whether somebody has to see a call as one operation, or a tensor's memory is not what it says."""
     return (
         torch.compiler.is_compiling()
@@ -51,7 +51,7 @@ def direct(op: torch.library.CustomOpDef) -> Callable[..., Any]:
     function = op._init_fn
 
     def call(*inputs):
-        return op(*inputs) if _watched(inputs) else function(*inputs)
+        return op(*inputs) if watched(inputs) else function(*inputs)
 
     return call
 
@@ -60,7 +60,7 @@ def differentiable(
     op: torch.library.CustomOpDef,
     save: Callable[..., None],
     gradient: Callable[..., Any],
-    save_eagerly: Callable[..., None] | None = None,
+    run_eagerly: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
     """Give the registered ``op`` a backward, and return what calls it.
 
@@ -71,8 +71,9 @@ def differentiable(
         op: Made by ``torch.library.custom_op``.
         save: ``save(ctx, inputs, output)``, as in ``torch.library.register_autograd``.
         gradient: ``gradient(ctx, *grads)``, likewise.
-        save_eagerly: What saves where it may look at values: outside `torch.compile`, and with tensors that are real;
-            ``save`` if None.
+        run_eagerly: ``run_eagerly(ctx, run, inputs)`` returns the output and saves, where it may look at values:
+            outside `torch.compile`, and with tensors that are real. ``run(*inputs)`` calls ``op``. If None, that and
+            ``save``.
     """
     op.register_autograd(gradient, setup_context=save)
     run = direct(op)
@@ -80,9 +81,10 @@ def differentiable(
     class Eager(torch.autograd.Function):
         @staticmethod
         def forward(ctx, *inputs):  # with a setup_context, PyTorch would inspect a signature at each call
+            if run_eagerly and type(inputs[0]) in _PLAIN:
+                return run_eagerly(ctx, run, inputs)
             output = run(*inputs)
-            first = output[0] if isinstance(output, tuple) else output
-            (save_eagerly if save_eagerly and type(first) is torch.Tensor else save)(ctx, inputs, output)
+            save(ctx, inputs, output)
             return output
 
         @staticmethod

@@ -8,7 +8,6 @@ from numba import types
 from numba.extending import intrinsic
 
 from spikeattn._cpu.compiler import inline
-from spikeattn._cpu.streams import prefetch
 
 F = np.float32
 U = np.uint64
@@ -114,26 +113,20 @@ def unpack(word, x, first, size):
 
 
 @inline
-def pack_rows(words, x, first, stride, E, mask, at, ahead):
-    """One word for each token from ``x[first]`` on, zero at padding; whether they hold 0 and 1 only.
-
-    ``ahead`` is how far on the tokens lie that will be read next, 0 if none will.
-    """
-    spikes = True
-    for i in range(words.size):
-        if ahead:
-            prefetch(x, first + ahead + i * stride, E)
-        word, own = pack(x, first + i * stride, E)
-        words[i] = U(0) if mask.size > 0 and mask[at + i] else word
-        spikes &= own
-    return spikes
+def take(bits, at, size):
+    """The ``size`` bits, at most `WORD`, from bit ``at`` on, as a word."""
+    first, shift = at // WORD, U(at % WORD)
+    word = bits[first] >> shift
+    if shift + U(size) > U(WORD):
+        word |= bits[first + 1] << (U(WORD) - shift)
+    return word if size == WORD else word & ((U(1) << U(size)) - U(1))
 
 
 @inline
-def unpack_rows(words, rows):
-    """Bits of each word as numbers 0 and 1, a row of them."""
-    for r in range(words.size):
-        unpack(words[r], rows, r * rows.shape[1], rows.shape[1])
+def take_rows(bits, first, stride, size, mask, at, words):
+    """One word for each token from bit ``first`` on, zero at padding."""
+    for i in range(words.size):
+        words[i] = U(0) if mask.size > 0 and mask[at + i] else take(bits, first + i * stride, size)
 
 
 @inline

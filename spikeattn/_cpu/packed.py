@@ -29,6 +29,10 @@ class Packed(NamedTuple):
     strides: tuple[int, ...]
     dtype: torch.dtype
 
+    def stride(self) -> tuple[int, ...]:
+        """As of a tensor."""
+        return self.strides
+
 
 @cache
 def _kernel(storage: torch.dtype, packs: bool) -> Kernel:
@@ -68,17 +72,26 @@ def _convert(packs: bool, x: Tensor, bits: Tensor) -> bool:
 
 
 def packed(x: Tensor) -> Packed | None:
-    """``x`` as bits; None where it holds other numbers than 0 and 1, or has gaps in memory."""
-    strides = x.stride()
-    order = sorted(range(x.ndim), key=strides.__getitem__, reverse=True)
-    if x.dtype not in ELEMENT or not x.numel() or x.is_neg() or not x.permute(order).is_contiguous():
+    """``x`` as bits, each number in memory once; None where it holds others than 0 and 1."""
+    if x.dtype not in ELEMENT or not x.numel():
         return None
-    bits = empty((-(-x.numel() // WORD),), torch.int64)
-    return Packed(bits, x.shape, strides, x.dtype) if _convert(True, x, bits) else None
+    x = x.resolve_neg()
+    own = _without_repeats(x)
+    order = sorted(range(own.ndim), key=own.stride().__getitem__, reverse=True)
+    if not own.permute(order).is_contiguous():  # it has gaps
+        own = x = x.contiguous()
+    bits = empty((-(-own.numel() // WORD),), torch.int64)
+    return Packed(bits, x.shape, x.stride(), x.dtype) if _convert(True, own, bits) else None
 
 
 def unpacked(spikes: Packed) -> Tensor:
-    """What `packed` was given, with the same strides."""
-    x = empty((spikes.shape.numel(),), spikes.dtype)
-    _convert(False, x, spikes.bits)
-    return x.as_strided(spikes.shape, spikes.strides)
+    """What `packed` was given; with the same strides, if it had no gaps."""
+    x = torch.empty_strided(spikes.shape, spikes.strides, dtype=spikes.dtype, device="meta")
+    own = empty((_without_repeats(x).numel(),), spikes.dtype)
+    _convert(False, own, spikes.bits)
+    return own.as_strided(spikes.shape, spikes.strides)
+
+
+def _without_repeats(x: Tensor) -> Tensor:
+    """The first of each row of numbers that are one number in memory."""
+    return x[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in x.stride())]

@@ -121,3 +121,12 @@ def _store_float16(row, buffer):
         special = U(0x7E00) if size > U(0x7F800000) else U(0x7C00)
         magnitude = tiny if size < U(0x38800000) else (special if size >= U(0x47800000) else normal)
         row[i] = np.uint16(((b >> U(16)) & U(0x8000)) | magnitude)
+
+
+@inline
+def copy_row(target, row, buffer):
+    """Store float32 ``row`` in ``target``; ``buffer`` is as long."""
+    own = target_row(target, buffer)
+    for e in range(row.size):
+        own[e] = row[e]
+    store_row(target, own)

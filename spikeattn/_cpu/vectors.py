@@ -35,45 +35,45 @@ def _lanes() -> tuple[int, int]:
     return (8, 2) if _HOST.get("avx") else (4, 4)
 
 
-_WIDTH, _REGISTERS = _lanes()
-STRIP = _WIDTH * _REGISTERS  # outputs of `multiply_rows`
-_VECTOR = ir.VectorType(_FLOAT, _WIDTH)
+WIDTH, _REGISTERS = _lanes()
+STRIP = WIDTH * _REGISTERS  # outputs of `multiply_rows`
+VECTOR = ir.VectorType(_FLOAT, WIDTH)
 
 
 def _index(number: int) -> ir.Constant:
     return ir.Constant(_INT64, number)
 
 
-def _floats(builder: Any, address: Any) -> Any:
+def floats(builder: Any, address: Any) -> Any:
     """An address as a pointer to floats."""
     return builder.inttoptr(address, _FLOAT.as_pointer())
 
 
 def _vectors(builder: Any, first: Any, count: int) -> list[Any]:
     """Pointers to ``count`` vectors from ``first`` on."""
-    starts = [builder.gep(first, [_index(i * _WIDTH)]) for i in range(count)]
-    return [builder.bitcast(start, _VECTOR.as_pointer()) for start in starts]
+    starts = [builder.gep(first, [_index(i * WIDTH)]) for i in range(count)]
+    return [builder.bitcast(start, VECTOR.as_pointer()) for start in starts]
 
 
-def _load(builder: Any, first: Any, count: int) -> list[Any]:
+def load(builder: Any, first: Any, count: int) -> list[Any]:
     return [builder.load(pointer, align=4) for pointer in _vectors(builder, first, count)]
 
 
-def _store(builder: Any, first: Any, values: list[Any]) -> None:
+def store(builder: Any, first: Any, values: list[Any]) -> None:
     for pointer, value in zip(_vectors(builder, first, len(values)), values, strict=True):
         builder.store(value, pointer, align=4)
 
 
-def _spread(builder: Any, number: Any) -> Any:
+def spread(builder: Any, number: Any) -> Any:
     """A vector of one number."""
-    undefined = ir.Constant(_VECTOR, ir.Undefined)
+    undefined = ir.Constant(VECTOR, ir.Undefined)
     first = builder.insert_element(undefined, number, ir.Constant(_INT32, 0))
-    return builder.shuffle_vector(first, undefined, ir.Constant(ir.VectorType(_INT32, _WIDTH), [0] * _WIDTH))
+    return builder.shuffle_vector(first, undefined, ir.Constant(ir.VectorType(_INT32, WIDTH), [0] * WIDTH))
 
 
-def _fma(builder: Any, a: Any, b: Any, c: Any) -> Any:
-    kind = ir.FunctionType(_VECTOR, [_VECTOR] * 3)
-    return builder.call(cgutils.get_or_insert_function(builder.module, kind, f"llvm.fma.v{_WIDTH}f32"), [a, b, c])
+def fma(builder: Any, a: Any, b: Any, c: Any) -> Any:
+    kind = ir.FunctionType(VECTOR, [VECTOR] * 3)
+    return builder.call(cgutils.get_or_insert_function(builder.module, kind, f"llvm.fma.v{WIDTH}f32"), [a, b, c])
 
 
 def _accumulate(builder: Any, count: Any, starts: list[Any], step: Callable[[Any, list[Any]], list[Any]]) -> list[Any]:
@@ -83,7 +83,7 @@ def _accumulate(builder: Any, count: Any, starts: list[Any], step: Callable[[Any
     builder.branch(head)
     builder.position_at_end(head)
     i = builder.phi(_INT64)
-    sums = [builder.phi(_VECTOR) for _ in starts]
+    sums = [builder.phi(VECTOR) for _ in starts]
     builder.cbranch(builder.icmp_signed("<", i, count), body, end)
     builder.position_at_end(body)
     after = step(i, sums)
@@ -101,15 +101,15 @@ def add_events(context, tile, events, count, start, out):
 
     def codegen(context, builder, signature, args):
         tile, events, count, start, out = args
-        tile, numbers = _floats(builder, tile), builder.inttoptr(events, _INT32.as_pointer())
+        tile, numbers = floats(builder, tile), builder.inttoptr(events, _INT32.as_pointer())
 
         def step(i, sums):
             k = builder.zext(builder.load(builder.gep(numbers, [i])), _INT64)
-            row = _load(builder, builder.gep(tile, [builder.mul(k, _index(TILE))]), len(sums))
+            row = load(builder, builder.gep(tile, [builder.mul(k, _index(TILE))]), len(sums))
             return [builder.fadd(total, own) for total, own in zip(sums, row, strict=True)]
 
-        starts = _load(builder, _floats(builder, start), TILE // _WIDTH)
-        _store(builder, _floats(builder, out), _accumulate(builder, count, starts, step))
+        starts = load(builder, floats(builder, start), TILE // WIDTH)
+        store(builder, floats(builder, out), _accumulate(builder, count, starts, step))
 
     return types.void(*[types.int64] * 5), codegen
 
@@ -120,49 +120,49 @@ def add_weighted_events(context, tile, events, values, count, start, out):
 
     def codegen(context, builder, signature, args):
         tile, events, values, count, start, out = args
-        tile, numbers = _floats(builder, tile), builder.inttoptr(events, _INT32.as_pointer())
-        values = _floats(builder, values)
+        tile, numbers = floats(builder, tile), builder.inttoptr(events, _INT32.as_pointer())
+        values = floats(builder, values)
 
         def step(i, sums):
             k = builder.zext(builder.load(builder.gep(numbers, [i])), _INT64)
-            value = _spread(builder, builder.load(builder.gep(values, [i])))
-            row = _load(builder, builder.gep(tile, [builder.mul(k, _index(TILE))]), len(sums))
-            return [_fma(builder, value, own, total) for total, own in zip(sums, row, strict=True)]
+            value = spread(builder, builder.load(builder.gep(values, [i])))
+            row = load(builder, builder.gep(tile, [builder.mul(k, _index(TILE))]), len(sums))
+            return [fma(builder, value, own, total) for total, own in zip(sums, row, strict=True)]
 
-        starts = _load(builder, _floats(builder, start), TILE // _WIDTH)
-        _store(builder, _floats(builder, out), _accumulate(builder, count, starts, step))
+        starts = load(builder, floats(builder, start), TILE // WIDTH)
+        store(builder, floats(builder, out), _accumulate(builder, count, starts, step))
 
     return types.void(*[types.int64] * 6), codegen
 
 
-def _row_multiplier(registers: int) -> Any:
-    """`multiply_rows` for so many registers of outputs."""
+def _row_multiplier(registers: int, count: int = ROWS) -> Any:
+    """`multiply_rows` for so many registers of outputs and ``count`` rows."""
 
     @intrinsic
     def multiply_rows(context, tile, x, row_stride, step_stride, steps, start, start_stride, out, out_stride):
         def codegen(context, builder, signature, args):
-            tile, x, start, out = (_floats(builder, args[i]) for i in (0, 1, 5, 7))
+            tile, x, start, out = (floats(builder, args[i]) for i in (0, 1, 5, 7))
             row_stride, step_stride, steps, start_stride, out_stride = (args[i] for i in (2, 3, 4, 6, 8))
 
             def rows(first, stride):
-                return [builder.gep(first, [builder.mul(stride, _index(r))]) for r in range(ROWS)]
+                return [builder.gep(first, [builder.mul(stride, _index(r))]) for r in range(count)]
 
             numbers = rows(x, row_stride)
 
             def step(k, sums):
-                weights = _load(builder, builder.gep(tile, [builder.mul(k, _index(TILE))]), registers)
+                weights = load(builder, builder.gep(tile, [builder.mul(k, _index(TILE))]), registers)
                 at = builder.mul(k, step_stride)
                 after = []
                 for r, row in enumerate(numbers):
-                    value = _spread(builder, builder.load(builder.gep(row, [at])))
+                    value = spread(builder, builder.load(builder.gep(row, [at])))
                     own = sums[r * registers : (r + 1) * registers]
-                    after += [_fma(builder, value, weight, total) for weight, total in zip(weights, own, strict=True)]
+                    after += [fma(builder, value, weight, total) for weight, total in zip(weights, own, strict=True)]
                 return after
 
-            starts = [vector for row in rows(start, start_stride) for vector in _load(builder, row, registers)]
+            starts = [vector for row in rows(start, start_stride) for vector in load(builder, row, registers)]
             sums = _accumulate(builder, steps, starts, step)
             for r, row in enumerate(rows(out, out_stride)):
-                _store(builder, row, sums[r * registers : (r + 1) * registers])
+                store(builder, row, sums[r * registers : (r + 1) * registers])
 
         return types.void(*[types.int64] * 9), codegen
 
@@ -173,6 +173,16 @@ def _row_multiplier(registers: int) -> Any:
 # ``x + r * row_stride + k * step_stride``; strides count floats.
 multiply_rows = _row_multiplier(_REGISTERS)
 _multiply_half, _multiply_quarter = _row_multiplier(_REGISTERS // 2), _row_multiplier(max(1, _REGISTERS // 4))
+_multiply_one, _multiply_one_half = (_row_multiplier(TILE // WIDTH // part, 1) for part in (1, 2))
+
+
+@inline
+def multiply_row(values, steps, tile, width, zeros, out):
+    """``out[:width] = values[:steps] @ tile[:steps]``; addresses. Up to `TILE` numbers may be computed."""
+    if width <= TILE // 2:
+        _multiply_one_half(tile, values, 0, 1, steps, zeros, 0, out, 0)
+    else:
+        _multiply_one(tile, values, 0, 1, steps, zeros, 0, out, 0)
 
 
 @inline
@@ -181,6 +191,12 @@ def tile_rows(count):
     memory = np.zeros(count * TILE + 16, np.float32)
     first = (-memory.ctypes.data // 4) % 16
     return memory[first : first + count * TILE].reshape(count, TILE)
+
+
+@inline
+def row_of(rows, r):
+    """The address of ``rows[r]``, a row of `tile_rows`."""
+    return rows.ctypes.data + r * TILE * rows.itemsize
 
 
 @inline

@@ -39,9 +39,21 @@ def test_other_numbers_are_not_packed(odd, dtype):
     assert packed(x) is None
 
 
-def test_what_has_gaps_or_repeats_is_not_packed():
-    assert packed(torch.zeros(3, 1).expand(3, 4)) is None
-    assert packed(torch.zeros(4, 6)[:, ::2]) is None
+def test_what_repeats_is_packed_once():
+    x = (torch.rand(1, 70, 1, 5) < 0.4).float().expand(3, 70, 4, 5)
+    spikes = packed(x)
+    assert spikes.bits.numel() == -(-70 * 5 // 64)
+    again = unpacked(spikes)
+    assert torch.equal(again, x)
+    assert again.stride() == x.stride()
+
+
+def test_what_has_gaps_is_packed_without_them():
+    for x in ((torch.rand(40, 60) < 0.4).float()[:, ::2], torch._neg_view(-(torch.rand(9, 9) < 0.4).float())):
+        assert torch.equal(unpacked(packed(x)), x)
+
+
+def test_nothing_and_other_types_are_not_packed():
     assert packed(torch.zeros(0)) is None
     assert packed(torch.zeros(3, dtype=torch.float64)) is None
 

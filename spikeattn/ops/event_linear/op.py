@@ -147,9 +147,11 @@ def _save(ctx, inputs, output, bits_will_do: bool = False) -> None:
     ctx.save_for_backward(None if bits_will_do or not keep else x, fired, tally, weight)
 
 
-def _save_eagerly(ctx, inputs, output) -> None:
+def _run_eagerly(ctx, run, inputs):
     """Keep the bits only, where they are all that ``x`` is: a graph that is traced cannot look."""
+    output = run(*inputs)
     _save(ctx, inputs, output, bits_will_do=bool(output[2][1]))
+    return output
 
 
 def _backward(ctx, grad, grad_fired, grad_tally):
@@ -163,4 +165,4 @@ def _backward(ctx, grad, grad_fired, grad_tally):
 
 
 _event_linear_backward = direct(event_linear_backward)
-_event_linear = differentiable(event_linear_forward, _save, _backward, _save_eagerly)
+_event_linear = differentiable(event_linear_forward, _save, _backward, _run_eagerly)

@@ -1,9 +1,10 @@
 """The fused CPU kernel of the gradients of `spiking_attention`, where the output fires or nothing does.
 
-One head of one sequence at a time: its currents are counted again from bits, the gradient goes back through its
-neurons, and the products with that real-valued gradient are made in vector registers. Only the results reach memory.
+One head of one sequence at a time, in memory linear in L: its currents are summed again from states (`cpu_state`), the
+gradient goes back through its neurons, and meets the states K^T V and Q^T G. Only the results reach memory.
 """
 
+from collections.abc import Sequence
 from functools import cache
 
 import numba
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from spikeattn._cpu.bits import U, count_row, transpose, unpack_rows
+from spikeattn._cpu.bits import U
 from spikeattn._cpu.compiler import SOURCES, Frame, Kernel, inline, memory, next_blocks
 from spikeattn._cpu.memory import empty
 from spikeattn._cpu.neuron import (
@@ -23,54 +24,75 @@ from spikeattn._cpu.neuron import (
     step_row,
     surrogate_scalars,
 )
-from spikeattn._cpu.storage import ELEMENT, load_row, store_row, target_row
+from spikeattn._cpu.states import add_bits, add_products, add_row, sum_rows
+from spikeattn._cpu.storage import ELEMENT, copy_row, load_row
 from spikeattn._cpu.streams import prefetch
 from spikeattn._cpu.threads import spread
-from spikeattn._cpu.vectors import ROWS, TILE, multiply, tile_rows
+from spikeattn._cpu.vectors import ROWS, TILE, multiply, multiply_row, row_of, tile_rows
 from spikeattn._leak import has_exact_reciprocal
-from spikeattn.ops.spiking_attention.cpu import (
+from spikeattn.ops.spiking_attention.cpu import MOST_STATE_ROWS
+from spikeattn.ops.spiking_attention.cpu_inputs import (
     INPUTS,
-    attend_rows,
+    Spikes,
+    are_taken,
     extent,
     input_arguments,
     load_tokens,
     open_inputs,
-    takes,
     tensor_arguments,
 )
-from spikeattn.ops.spiking_attention.layout import in_one_piece, rows_in_one_piece
+from spikeattn.ops.spiking_attention.cpu_state import TOKENS
+from spikeattn.ops.spiking_attention.layout import in_one_piece, rows_in_one_piece, strides_of_gradient
 from spikeattn.ops.surrogate import Surrogate
 
-_TRAJECTORY = 1 << 18  # floats of H that are kept of a head
-_MOST_QUERIES = 512  # whose gradients a key and a value add up one after another, in float32
+_MOST_GRADIENTS = 1 << 24  # T * L * E: 64 MiB for each thread
+# Queries whose gradients are added up one after another, in float32; then sums of so many.
+_PART = 256
 
-_BACKWARD = Frame(f"{INPUTS} grad gradT gradB gradH gradL grad_q grad_k grad_v kind", "tau v_threshold v_rest a b")
+_BACKWARD = Frame(
+    f"{INPUTS} grad gradT gradB gradH gradL kind grad_q grad_qT grad_qB grad_qH grad_qL"
+    " grad_k grad_kT grad_kB grad_kH grad_kL grad_v grad_vT grad_vB grad_vH grad_vL",
+    "tau v_threshold v_rest a b",
+)
 _record = _BACKWARD.record
 
 
-def takes_backward(q: Tensor, k: Tensor, scale: Tensor, fire: str | None) -> bool:
-    """Whether the kernel takes such a call."""
-    T, _, _, L, E = q.shape
-    fits = L <= _MOST_QUERIES and (fire is None or T * L * E <= _TRAJECTORY)
-    return fire != "map" and fits and takes(q, k, scale, is_causal=False)
+def takes_backward(shape: Sequence[int], dtype: torch.dtype, scale: Tensor, fire: str | None) -> bool:
+    """Whether the kernel takes a call with such queries."""
+    T, _, _, L, E = shape
+    fits = T * E <= MOST_STATE_ROWS and T * L * E <= _MOST_GRADIENTS
+    return fire != "map" and fits and are_taken(shape, dtype, scale)
 
 
 @inline
-def _store_rows(target, first, stride, rows, count, mask, at, E, buffer):
-    """The first ``E`` numbers of ``count`` rows to ``target[first + r stride :]``, zeros at padding."""
-    for r in range(count):
-        if mask.size > 0 and mask[at + r]:
-            rows[r, :E] = F(0.0)
-        row = target[first + r * stride : first + r * stride + E]
-        result = target_row(row, buffer)
-        for e in range(E):
-            result[e] = rows[r, e]
-        store_row(row, result)
+def _scale_row(row, scale, out):
+    for e in range(out.size):
+        out[e] = row[e] * scale
+
+
+@inline
+def _add_square(square, total, total_T, size):
+    """``total += square``, and ``total_T`` its transpose."""
+    for e in range(size):
+        own, row = square[e, :size], total[e, :size]
+        for f in range(size):
+            row[f] += own[f]
+    for f in range(size):
+        row, column = total_T[f, :size], total[:size, f]
+        for e in range(size):
+            row[e] = column[e]
+
+
+@inline
+def _add_up(total, part, word, E, zeros, sums):
+    """``sums``: the rows of ``total``, and of ``part``, for the bits of ``word``."""
+    sum_rows(row_of(total, 0), word, E, row_of(zeros, 0), F(1.0), row_of(sums, 0))
+    sum_rows(row_of(part, 0), word, E, row_of(sums, 0), F(1.0), row_of(sums, 0))
 
 
 @cache
 def backward_kernel(storage: torch.dtype, fires: bool, divides: bool, hard_reset: bool, detach_reset: bool) -> Kernel:
-    """Gradients of q, k and v, [T, B, L, H, E] in memory, for one kind of neuron or none."""
+    """Gradients of q, k and v, for one kind of neuron or none."""
     plan, element = (fires, divides, hard_reset, detach_reset, SOURCES), ELEMENT[storage]
 
     def spiking_attention_backward(frame):
@@ -78,78 +100,115 @@ def backward_kernel(storage: torch.dtype, fires: bool, divides: bool, hard_reset
         p = numba.carray(frame, 1, _record)[0]
         T, B, H, L, S, E, is_causal, kind = p.T, p.B, p.H, p.L, p.S, p.E, p.is_causal, p.kind
         tau, v_threshold, v_rest, a, b_ = F(p.tau), F(p.v_threshold), F(p.v_rest), F(p.a), F(p.b)
-        q, k, v, scale, query_mask, key_mask, odd = open_inputs(p, element)
+        q, k, v, scale, query_mask, key_mask = open_inputs(p)
         grad = memory(p.grad, extent(p.gradT, p.gradB, p.gradH, p.gradL, T, B, H, L, E), element)
-        grad_q = memory(p.grad_q, T * B * L * H * E, element)
-        grad_k = memory(p.grad_k, T * B * S * H * E, element)
-        grad_v = memory(p.grad_v, T * B * S * H * E, element)
+        grad_q = memory(p.grad_q, T * B * H * L * E, element)
+        grad_k, grad_v = memory(p.grad_k, T * B * H * S * E, element), memory(p.grad_v, T * B * H * S * E, element)
         queries, keys, values = np.empty((T, L), U), np.empty((T, S), U), np.empty((T, S), U)
-        h_seq, carries = np.empty((T if fires else 0, L, E), F), np.empty((L, E), F)
-        currents, slopes, buffer = tile_rows(ROWS), np.empty(E, F), np.empty(E, F)
-        # Rows of `TILE` numbers, with room for what `multiply` reads and writes beyond the last.
-        most = max(L, S, E) + ROWS
-        G, grad_map, counts = tile_rows(most), tile_rows(most), tile_rows(most)
-        spikes, product, zeros = tile_rows(most), tile_rows(most), tile_rows(1)
-        shared, columns = np.zeros((ROWS, S), F), np.empty((1, E), U)
+        states, states_T = tile_rows(T * E if fires else 0), tile_rows(T * E)  # K^T V, and V^T K
+        G = np.empty((T * L + ROWS) * E + TILE, F)  # of all currents, with room for what is read beyond the last
+        # Of `TOKENS` tokens, one after another; with room for what is written beyond the last.
+        h_seq, carries, slopes = np.empty((T, TOKENS * E), F), np.empty(TOKENS * E, F), np.empty(TOKENS * E, F)
+        currents, grads = np.empty(TOKENS * E + TILE, F), np.empty(TOKENS * E, F)
+        total, total_T, part, part_T = tile_rows(E), tile_rows(E), tile_rows(E), tile_rows(E)  # Q^T G, and G^T Q
+        rows, sums, zeros = tile_rows(TOKENS + ROWS), tile_rows(1), tile_rows(1)
+        own_row, buffer = sums[0, :E], np.empty(E, F)
         first, last = next_blocks(frame, p.pieces, p.blocks, 0)
         while first < last:
             for block in range(first, last):
-                if odd[0]:  # another block holds what is no spike: the call goes to matrix products
-                    break
                 b, h = block // H, block % H
-                scale_at = b * p.scaleB + h * p.scaleH
-                carries[:] = v_rest  # first the potentials, then their gradients
+                scale_at, grad_at = b * p.scaleB + h * p.scaleH, b * p.gradB + h * p.gradH
+                states[:] = F(0.0)
+                states_T[:] = F(0.0)
                 for t in range(T):
-                    own_q, own_k, own_v = queries[t], keys[t], values[t]
-                    if not load_tokens(p, t, b, h, q, k, v, query_mask, key_mask, own_q, own_k, own_v):
-                        odd[0] = 1
+                    load_tokens(p, t, b, h, q, k, v, query_mask, key_mask, queries[t], keys[t], values[t])
+                    if not is_causal:
+                        for j in range(S):
+                            if fires:
+                                add_bits(row_of(states, t * E), keys[t, j], E, values[t, j])
+                            add_bits(row_of(states_T, t * E), values[t, j], E, keys[t, j])
+                for begin in range(0, L, TOKENS):
+                    n = min(TOKENS, L - begin)
                     if fires:
-                        unpack_rows(own_v, spikes)
-                        for i in range(L):
-                            if i % ROWS == 0:
-                                attend_rows(
-                                    own_q, i, own_k, spikes, E, is_causal, scale, scale_at, p.scaleL,
-                                    shared, zeros, currents,
-                                )  # fmt: skip
+                        carries[:] = v_rest  # first the potentials, then their gradients
+                        for t in range(T):
+                            state = row_of(states, t * E)
+                            for i in range(begin, begin + n):
+                                if is_causal:
+                                    add_bits(state, keys[t, i], E, values[t, i])
+                                own = currents.ctypes.data + (i - begin) * E * currents.itemsize
+                                sum_rows(state, queries[t, i], E, row_of(zeros, 0), scale[scale_at + i * p.scaleL], own)
                             step_row(
-                                currents[i % ROWS, :E], carries[i], h_seq[t, i], tau, v_threshold, v_rest,
+                                currents[: n * E], carries[: n * E], h_seq[t, : n * E], tau, v_threshold, v_rest,
                                 True, divides, hard_reset, False,
                             )  # fmt: skip
-                carries[:] = F(0.0)
-                for t in range(T - 1, -1, -1):
-                    for i in range(L):
-                        own_scale = scale[scale_at + i * p.scaleL]
-                        at = t * p.gradT + b * p.gradB + h * p.gradH + i * p.gradL
-                        if t > 0:
-                            prefetch(grad, at - p.gradT, E)
-                        grad_s = load_row(grad[at : at + E], buffer)
+                        carries[:] = F(0.0)
+                    for t in range(T - 1, -1, -1):
+                        for i in range(n):
+                            at = t * p.gradT + grad_at + (begin + i) * p.gradL
+                            if t > 0:
+                                prefetch(grad, at - p.gradT, E)
+                            copy_row(grads[i * E : (i + 1) * E], load_row(grad[at : at + E], buffer), buffer)
+                        own_G = G[(t * L + begin) * E : (t * L + begin + n) * E]
                         if fires:
-                            derivative_row(kind, h_seq[t, i], v_threshold, a, b_, slopes)
+                            h_row = h_seq[t, : n * E]
+                            derivative_row(kind, h_row, v_threshold, a, b_, slopes[: n * E])
                             grad_row(
-                                grad_s, slopes, h_seq[t, i], carries[i], currents[0, :E], tau, v_threshold, v_rest,
+                                grads, slopes, h_row, carries, own_G, tau, v_threshold, v_rest,
                                 True, divides, hard_reset, detach_reset,
                             )  # fmt: skip
-                            grad_s = currents[0, :E]
-                        for e in range(E):
-                            G[i, e] = grad_s[e] * own_scale
-                    transpose(values[t], columns)
-                    unpack_rows(columns[0], spikes)
-                    multiply(G, TILE, 1, E, L, spikes, S, zeros, grad_map)
-                    for i in range(L):
-                        count_row(queries[t, i], keys[t], counts[i, :S])
+                        for i in range(n):
+                            source = own_G if fires else grads
+                            _scale_row(
+                                source[i * E : (i + 1) * E], scale[scale_at + (begin + i) * p.scaleL],
+                                own_G[i * E : (i + 1) * E],
+                            )  # fmt: skip
                         if is_causal:
-                            counts[i, i + 1 : S] = F(0.0)
-                            grad_map[i, i + 1 : S] = F(0.0)
-                    token = (t * B + b) * L * H + h  # of the queries; tokens lie H rows apart
-                    unpack_rows(keys[t], spikes)
-                    multiply(grad_map, TILE, 1, S, L, spikes, E, zeros, product)
-                    _store_rows(grad_q, token * E, H * E, product, L, query_mask, b * L, E, buffer)
-                    token = (t * B + b) * S * H + h
-                    unpack_rows(queries[t], spikes)
-                    multiply(grad_map, 1, TILE, L, S, spikes, E, zeros, product)
-                    _store_rows(grad_k, token * E, H * E, product, S, key_mask, b * S, E, buffer)
-                    multiply(counts, 1, TILE, L, S, G, E, zeros, product)
-                    _store_rows(grad_v, token * E, H * E, product, S, key_mask, b * S, E, buffer)
+                            state_T = row_of(states_T, t * E)
+                            for i in range(begin, begin + n):
+                                add_bits(state_T, values[t, i], E, keys[t, i])
+                                own = G.ctypes.data + (t * L + i) * E * G.itemsize
+                                multiply_row(own, E, state_T, E, row_of(zeros, 0), row_of(rows, i - begin))
+                        else:
+                            state_T = states_T[t * E : (t + 1) * E]
+                            multiply(G[(t * L + begin) * E :], E, 1, E, n, state_T, E, zeros, rows)
+                        for i in range(begin, begin + n):
+                            at = t * p.grad_qT + b * p.grad_qB + h * p.grad_qH + i * p.grad_qL
+                            is_padding = query_mask.size > 0 and query_mask[b * L + i]
+                            copy_row(grad_q[at : at + E], zeros[0, :E] if is_padding else rows[i - begin, :E], buffer)
+                for t in range(T):
+                    k_at = t * p.grad_kT + b * p.grad_kB + h * p.grad_kH
+                    v_at = t * p.grad_vT + b * p.grad_vB + h * p.grad_vH
+                    total[:] = F(0.0)
+                    if is_causal:
+                        total_T[:] = F(0.0)
+                    # From the last token on: a key is seen by the queries from its own on, if causal, or by all.
+                    # Padding has no bits, and so a sum of nothing as its gradient.
+                    for begin in range((L - 1) // _PART * _PART, -1, -_PART):
+                        part[:] = F(0.0)
+                        if is_causal:
+                            part_T[:] = F(0.0)
+                        for i in range(min(L, begin + _PART) - 1, begin - 1, -1):
+                            own = G.ctypes.data + (t * L + i) * E * G.itemsize
+                            add_row(row_of(part, 0), queries[t, i], E, own)
+                            if is_causal:
+                                if queries[t, i] != U(0):  # padding has none, and whatever gradient
+                                    add_products(row_of(part_T, 0), own, E, E, queries[t, i])
+                                _add_up(total_T, part_T, values[t, i], E, zeros, sums)
+                                at = k_at + i * p.grad_kL
+                                copy_row(grad_k[at : at + E], own_row, buffer)
+                                _add_up(total, part, keys[t, i], E, zeros, sums)
+                                at = v_at + i * p.grad_vL
+                                copy_row(grad_v[at : at + E], own_row, buffer)
+                        _add_square(part, total, total_T, E)
+                    if not is_causal:
+                        for j in range(S):
+                            sum_rows(row_of(total_T, 0), values[t, j], E, row_of(zeros, 0), F(1.0), row_of(sums, 0))
+                            at = k_at + j * p.grad_kL
+                            copy_row(grad_k[at : at + E], own_row, buffer)
+                            sum_rows(row_of(total, 0), keys[t, j], E, row_of(zeros, 0), F(1.0), row_of(sums, 0))
+                            at = v_at + j * p.grad_vL
+                            copy_row(grad_v[at : at + E], own_row, buffer)
             first, last = next_blocks(frame, p.pieces, p.blocks, 1)
 
     return Kernel(spiking_attention_backward, _BACKWARD)
@@ -157,9 +216,7 @@ def backward_kernel(storage: torch.dtype, fires: bool, divides: bool, hard_reset
 
 def spiking_attention_backward_cpu(
     grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    spikes: Spikes,
     scale: Tensor,
     query_padding_mask: Tensor | None,
     key_padding_mask: Tensor | None,
@@ -170,22 +227,20 @@ def spiking_attention_backward_cpu(
     v_reset: float | None,
     detach_reset: bool,
     surrogate: Surrogate,
-) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Gradients of ``q``, ``k`` and ``v``, [T, B, H, L, E] in memory [T, B, L, H, E]; None if one holds no spikes."""
-    T, B, H, L, E = q.shape
-    grad = rows_in_one_piece(grad.to(q.dtype))
-    q, k, v = rows_in_one_piece(q), rows_in_one_piece(k), rows_in_one_piece(v)
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v, each with their strides."""
+    dtype = spikes.q.dtype
+    grad = rows_in_one_piece(grad.to(dtype))
     masks = in_one_piece(query_padding_mask), in_one_piece(key_padding_mask)
-    odd = np.zeros(1, np.int64)
-    grads = [empty((T, B, x.shape[3], H, E), q.dtype) for x in (q, k, v)]
-    plan = (q.dtype, fire == "output", not has_exact_reciprocal(tau), v_reset is not None, detach_reset)
+    grad_q, grad_k, grad_v = (
+        empty((x.shape.numel(),), dtype).as_strided(x.shape, strides_of_gradient(x)) for x in spikes
+    )
+    plan = (dtype, fire == "output", not has_exact_reciprocal(tau), v_reset is not None, detach_reset)
     spread(
-        for_surrogate(backward_kernel, plan, surrogate), B * H, T * B * H * L * E,
-        **input_arguments(q, k, v, scale, masks, is_causal, odd), **tensor_arguments("grad", grad),
-        **{name: x.data_ptr() for name, x in zip(("grad_q", "grad_k", "grad_v"), grads, strict=True)},
+        for_surrogate(backward_kernel, plan, surrogate), grad.shape[1] * grad.shape[2], grad.numel(),
+        **input_arguments(spikes, scale, masks, is_causal), **tensor_arguments("grad", grad),
+        **tensor_arguments("grad_q", grad_q), **tensor_arguments("grad_k", grad_k),
+        **tensor_arguments("grad_v", grad_v),
         **neuron_scalars(tau, None, v_threshold, v_reset), **surrogate_scalars(surrogate.name, surrogate.alpha),
     )  # fmt: skip
-    if odd[0]:
-        return None
-    grad_q, grad_k, grad_v = (x.transpose(2, 3) for x in grads)
     return grad_q, grad_k, grad_v

@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from spikeattn import _checks
-from spikeattn._autograd import differentiable, direct
+from spikeattn._autograd import differentiable, direct, watched
 from spikeattn._backends import Backend, resolve_backend, say_once
 from spikeattn.ops.lif.op import lif_backward, lif_forward, lif_kernels_take
 from spikeattn.ops.lif.reference import state_dtype
@@ -67,6 +67,7 @@ def spiking_attention(
             sums (dimensionless). A power of two keeps every result exact.
         fire: What fires: the product, the map, or nothing.
         order: "map_first" is (Q K^T) V, "state_first" Q (K^T V), "auto" the cheaper. With "map" only the first exists.
+            The CPU kernels have one order each, and the same bits.
         query_padding_mask: [B, L], True at padding: those rows of the output are zero.
         key_padding_mask: [B, S], True at padding: those keys and values count for nothing. Self-attention gives both.
         is_causal: Token i sees tokens j <= i; needs S = L.
@@ -218,12 +219,13 @@ def spiking_attention_forward(
         return _empty_like(q).zero_()
     if backend == "numba":
         from spikeattn.ops.spiking_attention import cpu
+        from spikeattn.ops.spiking_attention.cpu_inputs import spikes_of
 
-        masks = (query_padding_mask, key_padding_mask)
-        if cpu.takes(q, k, scale, is_causal):
-            out = cpu.spiking_attention_forward_cpu(q, k, v, scale, *masks, fire, is_causal, tau, v_threshold, v_reset)
-            if out is not None:
-                return out
+        if cpu.takes(q.shape, k.shape[3], q.dtype, scale, fire, is_causal) and (spikes := spikes_of(q, k, v)):
+            masks = (query_padding_mask, key_padding_mask)
+            return cpu.spiking_attention_forward_cpu(
+                spikes, scale, *masks, fire, is_causal, tau, v_threshold, v_reset
+            )  # fmt: skip
     if _cupy_takes(k, fire, backend):
         from spikeattn.ops.spiking_attention.cuda import attention_forward_cuda
 
@@ -264,20 +266,18 @@ def spiking_attention_backward(
     alpha: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return ``(grad_q, grad_k, grad_v)``, [T, B, H, L, E], [T, B, L, H, E] in memory."""
+    """Return ``(grad_q, grad_k, grad_v)``, each with the strides of its input, if that is in one piece."""
     if not (q.numel() and k.numel()):
-        grad_q, grad_k, grad_v = (_empty_like(x).zero_() for x in (q, k, v))
-        return grad_q, grad_k, grad_v
+        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     if backend == "numba":
         from spikeattn.ops.spiking_attention import cpu_backward
+        from spikeattn.ops.spiking_attention.cpu_inputs import spikes_of
 
-        if cpu_backward.takes_backward(q, k, scale, fire):
-            fused = cpu_backward.spiking_attention_backward_cpu(
-                grad, q, k, v, scale, query_padding_mask, key_padding_mask,
+        if cpu_backward.takes_backward(q.shape, q.dtype, scale, fire) and (spikes := spikes_of(q, k, v)):
+            return cpu_backward.spiking_attention_backward_cpu(
+                grad, spikes, scale, query_padding_mask, key_padding_mask,
                 fire, is_causal, tau, v_threshold, v_reset, detach_reset, surrogate_of(surrogate, alpha),
             )  # fmt: skip
-            if fused is not None:
-                return fused
     masks = (query_padding_mask, key_padding_mask, key_padding_mask)
     dtype, product_grad = state_dtype(q), None
     if fire == "output" and _cupy_takes(k, fire, backend):
@@ -297,8 +297,8 @@ def spiking_attention_backward(
         else:
             neuron = _neuron(q, tau, v_threshold, v_reset, detach_reset, surrogate, alpha, backend)
             grads = attend_backward(grad.to(dtype), own_q, own_k, own_v, scale, fire, order, is_causal, neuron)
-    own = (masked(g, mask).to(q.dtype) for g, mask in zip(grads, masks, strict=True))
-    grad_q, grad_k, grad_v = (g.transpose(2, 3).contiguous().transpose(2, 3) for g in own)
+    own = (masked(g, mask) for g, mask in zip(grads, masks, strict=True))
+    grad_q, grad_k, grad_v = (torch.empty_like(x).copy_(g) for g, x in zip(own, (q, k, v), strict=True))
     return grad_q, grad_k, grad_v
 
 
@@ -307,7 +307,7 @@ def _(
     grad, q, k, v, scale, query_padding_mask, key_padding_mask,
     fire, order, is_causal, tau, v_threshold, v_reset, detach_reset, surrogate, alpha, backend,
 ):  # fmt: skip
-    return _empty_like(q), _empty_like(k), _empty_like(v)
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
 def _save(ctx, inputs, output) -> None:
@@ -316,41 +316,63 @@ def _save(ctx, inputs, output) -> None:
     ctx.save_for_backward(q, k, v, scale, query_padding_mask, key_padding_mask)
 
 
-def _save_eagerly(ctx, inputs, output) -> None:
-    """Where the CPU kernels run, keep bits of spikes."""
-    _save(ctx, inputs, output)
-    if inputs[-1] != "numba" or not any(ctx.needs_input_grad):
-        return
-    from spikeattn._cpu.packed import packed
+def _run_eagerly(ctx, run, inputs) -> Tensor:
+    """Where the CPU kernels run, keep spikes as bits; they attend to bits, too."""
+    q, k, v, scale, query_padding_mask, key_padding_mask, *settings = inputs
+    fire, _, is_causal, tau, v_threshold, v_reset, *_, backend = settings
+    spikes = None
+    if backend == "numba" and any(ctx.needs_input_grad):
+        from spikeattn.ops.spiking_attention import cpu
+        from spikeattn.ops.spiking_attention.cpu_inputs import spikes_of
 
-    ctx.layouts, kept = [], []
-    for x in inputs[:3]:
-        bits = packed(x)
-        ctx.layouts.append(None if bits is None else bits[1:])
-        kept.append(x if bits is None else bits.bits)
-    ctx.save_for_backward(*kept, *inputs[3:6])
-
-
-def _spikes(ctx, kept: Sequence[Tensor]) -> Sequence[Tensor]:
-    """``q``, ``k`` and ``v``, from their bits where only those were kept."""
-    if not hasattr(ctx, "layouts"):
-        return kept
-    from spikeattn._cpu.packed import Packed, unpacked
-
-    # Whether they want a gradient is what counters of operations ask.
-    return [
-        x if layout is None else unpacked(Packed(x, *layout)).requires_grad_(need)
-        for x, layout, need in zip(kept, ctx.layouts, ctx.needs_input_grad, strict=False)
-    ]
+        spikes = spikes_of(q, k, v)
+    if spikes is None:
+        out = run(*inputs)
+        _save(ctx, inputs, out)
+        return out
+    if cpu.takes(q.shape, k.shape[3], q.dtype, scale, fire, is_causal) and not watched(inputs):
+        out = cpu.spiking_attention_forward_cpu(
+            spikes, scale, query_padding_mask, key_padding_mask, fire, is_causal, tau, v_threshold, v_reset
+        )
+    else:
+        out = run(*inputs)
+    ctx.settings, ctx.layouts = settings, [x[1:] for x in spikes]
+    ctx.save_for_backward(*(x.bits for x in spikes), scale, query_padding_mask, key_padding_mask)
+    return out
 
 
 def _backward(ctx, grad):
-    """Hand over to the registered backward; None for an input that needs no gradient."""
-    saved = ctx.saved_tensors  # once: non-reentrant checkpointing allows no second look
-    grads = _attention_backward(grad, *_spikes(ctx, saved[:3]), *saved[3:], *ctx.settings)
+    """Hand over to the registered backward, or bits to the CPU kernel; None for an input that needs no gradient."""
+    *kept, scale, query_padding_mask, key_padding_mask = ctx.saved_tensors  # once: checkpointing allows no second look
+    inputs: tuple[Tensor, Tensor | None, Tensor | None] = (scale, query_padding_mask, key_padding_mask)
+    if hasattr(ctx, "layouts"):
+        grads = _backward_of_bits(ctx, grad, kept, inputs)
+    else:
+        grads = _attention_backward(grad, *kept, *inputs, *ctx.settings)
     needed = [g if need else None for g, need in zip(grads, ctx.needs_input_grad[:3], strict=True)]
     return (*needed, *(None,) * (3 + len(ctx.settings)))
 
 
+def _backward_of_bits(
+    ctx, grad: Tensor, kept: Sequence[Tensor], inputs: tuple[Tensor, Tensor | None, Tensor | None]
+) -> Sequence[Tensor]:
+    """Gradients of spikes of which bits were kept; as numbers, where somebody has to see the operation."""
+    from spikeattn._cpu.packed import Packed, unpacked
+    from spikeattn.ops.spiking_attention import cpu_backward
+    from spikeattn.ops.spiking_attention.cpu_inputs import Spikes
+
+    spikes = Spikes(*(Packed(bits, *layout) for bits, layout in zip(kept, ctx.layouts, strict=True)))
+    fire, _, is_causal, tau, v_threshold, v_reset, detach_reset, surrogate, alpha, _ = ctx.settings
+    q = spikes.q
+    if cpu_backward.takes_backward(q.shape, q.dtype, inputs[0], fire) and not watched((grad,)):
+        return cpu_backward.spiking_attention_backward_cpu(
+            grad, spikes, *inputs,
+            fire, is_causal, tau, v_threshold, v_reset, detach_reset, surrogate_of(surrogate, alpha),
+        )  # fmt: skip
+    # Whether they want a gradient is what counters of operations ask.
+    numbers = (unpacked(x).requires_grad_(need) for x, need in zip(spikes, ctx.needs_input_grad, strict=False))
+    return _attention_backward(grad, *numbers, *inputs, *ctx.settings)
+
+
 _attention_backward = direct(spiking_attention_backward)
-_attention = differentiable(spiking_attention_forward, _save, _backward, _save_eagerly)
+_attention = differentiable(spiking_attention_forward, _save, _backward, _run_eagerly)

@@ -1,0 +1,92 @@
+"""What the CPU kernels of `spiking_attention` take: a bit for each spike, and tokens of any strides."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from spikeattn._cpu.bits import WORD, U, take_rows
+from spikeattn._cpu.compiler import inline, memory
+from spikeattn._cpu.neuron import F
+from spikeattn._cpu.packed import Packed, packed
+from spikeattn._cpu.storage import ELEMENT, mask_arguments
+from spikeattn._cpu.vectors import TILE, WHY_NOT
+from spikeattn.ops.spiking_attention.layout import rows_in_one_piece, strides
+
+INPUTS = (
+    "q qT qB qH qL q_words k kT kB kH kL k_words v vT vB vH vL v_words scale scaleT scaleB scaleH scaleL"
+    " query_mask has_query_mask key_mask has_key_mask T B H L S E is_causal"
+)
+
+
+def are_taken(shape: Sequence[int], dtype: torch.dtype, scale: Tensor) -> bool:
+    """Whether a token is a word of bits, in a storage that the kernels know, and one scale is for all time steps."""
+    return shape[-1] <= min(WORD, TILE) and dtype in ELEMENT and scale.shape[0] == 1 and not WHY_NOT
+
+
+@inline
+def extent(by_T, by_B, by_H, by_L, T, B, H, L, E):
+    """Elements from the first to the last of a tensor with these strides."""
+    return (T - 1) * by_T + (B - 1) * by_B + (H - 1) * by_H + (L - 1) * by_L + E
+
+
+@inline
+def open_inputs(p):
+    """Bits of queries, keys and values, the scale, and the two masks, empty where there is none."""
+    q, k, v = memory(p.q, p.q_words, U), memory(p.k, p.k_words, U), memory(p.v, p.v_words, U)
+    scale = memory(p.scale, extent(p.scaleT, p.scaleB, p.scaleH, p.scaleL, 1, p.B, p.H, p.L, 1), F)
+    query_mask = memory(p.query_mask, p.B * p.L if p.has_query_mask else 0, np.bool_)
+    key_mask = memory(p.key_mask, p.B * p.S if p.has_key_mask else 0, np.bool_)
+    return q, k, v, scale, query_mask, key_mask
+
+
+@inline
+def load_tokens(p, t, b, h, q, k, v, query_mask, key_mask, queries, keys, values):
+    """The words of the tokens of one head and time step."""
+    take_rows(q, t * p.qT + b * p.qB + h * p.qH, p.qL, p.E, query_mask, b * p.L, queries)
+    take_rows(k, t * p.kT + b * p.kB + h * p.kH, p.kL, p.E, key_mask, b * p.S, keys)
+    take_rows(v, t * p.vT + b * p.vB + h * p.vH, p.vL, p.E, key_mask, b * p.S, values)
+
+
+class Spikes(NamedTuple):
+    """Queries, keys and values as bits."""
+
+    q: Packed
+    k: Packed
+    v: Packed
+
+
+def spikes_of(q: Tensor, k: Tensor, v: Tensor) -> Spikes | None:
+    """All three as bits, the channels of a token side by side; None where one holds other numbers than 0 and 1."""
+    found = []
+    for x in (q, k, v):
+        spikes = packed(rows_in_one_piece(x))
+        if spikes is None:
+            return None
+        found.append(spikes)
+    return Spikes(*found)
+
+
+def tensor_arguments(name: str, x: Tensor | Packed) -> dict[str, int]:
+    """Address and strides of [T, B, H, L, E] for a frame."""
+    memory = x.bits if isinstance(x, Packed) else x
+    return {name: memory.data_ptr()} | {
+        f"{name}{axis}": stride for axis, stride in zip("TBHL", strides(x), strict=True)
+    }
+
+
+def input_arguments(
+    spikes: Spikes, scale: Tensor, masks: tuple[Tensor | None, Tensor | None], is_causal: bool
+) -> dict[str, float]:
+    """What all frames take for the inputs; ``masks`` are those of queries and keys, in one piece."""
+    T, B, H, L, E = spikes.q.shape
+    arguments: dict[str, float] = {}
+    for name, x in zip("qkv", spikes, strict=True):
+        arguments |= tensor_arguments(name, x) | {f"{name}_words": x.bits.numel()}
+    return {
+        **arguments, **tensor_arguments("scale", scale),
+        **mask_arguments("query_mask", masks[0]), **mask_arguments("key_mask", masks[1]),
+        "T": T, "B": B, "H": H, "L": L, "S": spikes.k.shape[3], "E": E, "is_causal": is_causal,
+    }  # fmt: skip

@@ -1,0 +1,64 @@
+"""The fused CPU kernel of `spiking_attention` where the map fires: one head of one sequence at a time."""
+
+from functools import cache
+
+import numba
+import numpy as np
+import torch
+
+from spikeattn._cpu.bits import WORD, U, count_bits, count_row, pack, transpose
+from spikeattn._cpu.compiler import SOURCES, Frame, Kernel, memory, next_blocks
+from spikeattn._cpu.neuron import F, step_row
+from spikeattn._cpu.storage import ELEMENT, store_row, target_row
+from spikeattn.ops.spiking_attention.cpu_inputs import INPUTS, load_tokens, open_inputs
+
+# Keys; beyond, matrix products are faster (benchmarks, suite "attention"). Causal ones compute twice what counts.
+LONGEST, LONGEST_CAUSAL = 64, 128
+
+_FRAME = Frame(f"{INPUTS} out", "tau v_threshold v_rest")
+_record = _FRAME.record
+
+
+@cache
+def map_kernel(storage: torch.dtype, divides: bool, hard_reset: bool) -> Kernel:
+    """The forward for one kind of neuron."""
+    plan, element = (divides, hard_reset, SOURCES), ELEMENT[storage]
+
+    def spiking_attention_map(frame):
+        divides, hard_reset, _ = plan
+        p = numba.carray(frame, 1, _record)[0]
+        T, B, H, L, S, E, is_causal = p.T, p.B, p.H, p.L, p.S, p.E, p.is_causal
+        tau, v_threshold, v_rest = F(p.tau), F(p.v_threshold), F(p.v_rest)
+        q, k, v, scale, query_mask, key_mask = open_inputs(p)
+        out = memory(p.out, T * B * L * H * E, element)
+        queries, keys, values = np.empty(L, U), np.empty(S, U), np.empty(S, U)
+        columns = np.empty(((S + WORD - 1) // WORD, E), U)  # of values
+        current, spikes, buffer, potentials = np.empty(S, F), np.empty(S, F), np.empty(E, F), np.empty((L, S), F)
+        first, last = next_blocks(frame, p.pieces, p.blocks, 0)
+        while first < last:
+            for block in range(first, last):
+                b, h = block // H, block % H
+                scale_at = b * p.scaleB + h * p.scaleH
+                potentials[:] = v_rest
+                for t in range(T):
+                    load_tokens(p, t, b, h, q, k, v, query_mask, key_mask, queries, keys, values)
+                    transpose(values, columns)
+                    for i in range(L):
+                        own_scale = scale[scale_at + i * p.scaleL]
+                        count_row(queries[i], keys, current)
+                        for j in range(S):
+                            current[j] = current[j] * own_scale if j <= i or not is_causal else F(0.0)
+                        step_row(
+                            current, potentials[i], spikes, tau, v_threshold, v_rest, True, divides, hard_reset, True
+                        )
+                        row = out[(((t * B + b) * L + i) * H + h) * E : (((t * B + b) * L + i) * H + h + 1) * E]
+                        result = target_row(row, buffer)
+                        result[:] = F(0.0)
+                        for begin in range(0, S, WORD):
+                            word, column = pack(spikes, begin, min(WORD, S - begin))[0], columns[begin // WORD]
+                            for e in range(E):
+                                result[e] += F(np.int64(count_bits(word & column[e])))
+                        store_row(row, result)
+            first, last = next_blocks(frame, p.pieces, p.blocks, 1)
+
+    return Kernel(spiking_attention_map, _FRAME)

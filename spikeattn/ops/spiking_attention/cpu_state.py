@@ -1,0 +1,77 @@
+"""The fused CPU kernel of `spiking_attention` where the output fires or nothing does: linear in L, causal or not.
+
+One head of one sequence at a time. Its states K^T V, one a time step, stay in the caches; a token adds its values to
+the rows of the state that its key names, and sums the rows that its query names.
+"""
+
+from functools import cache
+
+import numba
+import numpy as np
+import torch
+
+from spikeattn._cpu.bits import U
+from spikeattn._cpu.compiler import SOURCES, Frame, Kernel, memory, next_blocks
+from spikeattn._cpu.neuron import F, step_row
+from spikeattn._cpu.states import add_bits, sum_rows
+from spikeattn._cpu.storage import ELEMENT, copy_row
+from spikeattn._cpu.vectors import TILE, row_of, tile_rows
+from spikeattn.ops.spiking_attention.cpu_inputs import INPUTS, load_tokens, open_inputs
+
+# Tokens that are taken through time together, so that a state is read from the L1 cache by all but the first.
+TOKENS = 16
+
+_FRAME = Frame(f"{INPUTS} out", "tau v_threshold v_rest")
+_record = _FRAME.record
+
+
+@cache
+def state_kernel(storage: torch.dtype, fires: bool, divides: bool, hard_reset: bool) -> Kernel:
+    """The forward for one kind of neuron or none."""
+    plan, element = (fires, divides, hard_reset, SOURCES), ELEMENT[storage]
+
+    def spiking_attention_state(frame):
+        fires, divides, hard_reset, _ = plan
+        p = numba.carray(frame, 1, _record)[0]
+        T, B, H, L, S, E, is_causal = p.T, p.B, p.H, p.L, p.S, p.E, p.is_causal
+        tau, v_threshold, v_rest = F(p.tau), F(p.v_threshold), F(p.v_rest)
+        q, k, v, scale, query_mask, key_mask = open_inputs(p)
+        out = memory(p.out, T * B * L * H * E, element)
+        queries, keys, values = np.empty((T, L), U), np.empty((T, S), U), np.empty((T, S), U)
+        states, zeros = tile_rows(T * E), tile_rows(1)
+        # Of the tokens, one after another; with room for what is written beyond the last.
+        currents, spikes, potentials = np.empty(TOKENS * E + TILE, F), np.empty(TOKENS * E, F), np.empty(TOKENS * E, F)
+        buffer = np.empty(E, F)
+        first, last = next_blocks(frame, p.pieces, p.blocks, 0)
+        while first < last:
+            for block in range(first, last):
+                b, h = block // H, block % H
+                scale_at = b * p.scaleB + h * p.scaleH
+                states[:] = F(0.0)
+                for t in range(T):
+                    load_tokens(p, t, b, h, q, k, v, query_mask, key_mask, queries[t], keys[t], values[t])
+                    if not is_causal:
+                        for j in range(S):
+                            add_bits(row_of(states, t * E), keys[t, j], E, values[t, j])
+                for begin in range(0, L, TOKENS):
+                    n = min(TOKENS, L - begin)
+                    potentials[:] = v_rest
+                    for t in range(T):
+                        state = row_of(states, t * E)
+                        for i in range(begin, begin + n):
+                            if is_causal:
+                                add_bits(state, keys[t, i], E, values[t, i])
+                            own = currents.ctypes.data + (i - begin) * E * currents.itemsize
+                            sum_rows(state, queries[t, i], E, row_of(zeros, 0), scale[scale_at + i * p.scaleL], own)
+                        if fires:
+                            step_row(
+                                currents[: n * E], potentials[: n * E], spikes, tau, v_threshold, v_rest,
+                                True, divides, hard_reset, True,
+                            )  # fmt: skip
+                        for i in range(n):
+                            at = (((t * B + b) * L + begin + i) * H + h) * E
+                            own_row = spikes[i * E : (i + 1) * E] if fires else currents[i * E : (i + 1) * E]
+                            copy_row(out[at : at + E], own_row, buffer)
+            first, last = next_blocks(frame, p.pieces, p.blocks, 1)
+
+    return Kernel(spiking_attention_state, _FRAME)
