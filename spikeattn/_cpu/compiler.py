@@ -16,12 +16,15 @@ import numba
 import numpy as np
 from llvmlite import ir
 from numba import types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
 from spikeattn._backends import say_once
 
 # "numpy": a float division never raises, so it vectorises. No fastmath: it would change bits.
 _OPTIONS = {"nogil": True, "error_model": "numpy"}
+
+_WORD, _BYTES, _LINE = ir.IntType(64), ir.IntType(8).as_pointer(), 64
 
 # For a function that belongs into the loop of its caller, where constant flags then fold away.
 inline = partial(numba.njit, forceinline=True, **_OPTIONS)
@@ -116,6 +119,60 @@ def _pointer(context, address):
 def memory(address, size, dtype):
     """``size`` elements from ``address`` on."""
     return numba.carray(_pointer(address), size, dtype)
+
+
+@intrinsic
+def _malloc(context, nbytes):
+    def codegen(context, builder, signature, args):
+        kind = ir.FunctionType(_BYTES, [_WORD])
+        block = builder.call(cgutils.get_or_insert_function(builder.module, kind, "malloc"), args)
+        return builder.ptrtoint(block, _WORD)
+
+    return types.int64(types.int64), codegen
+
+
+@intrinsic
+def _free(context, address):
+    def codegen(context, builder, signature, args):
+        kind = ir.FunctionType(ir.VoidType(), [_BYTES])
+        block = builder.inttoptr(args[0], _BYTES)
+        builder.call(cgutils.get_or_insert_function(builder.module, kind, "free"), [block])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), codegen
+
+
+@inline
+def _allocate(nbytes):
+    """The address of ``nbytes`` from the start of a cache line on; in front of it stands where their block begins."""
+    block = _malloc(nbytes + 2 * _LINE)
+    if block == 0:
+        raise MemoryError
+    first = (block + 2 * _LINE - 1) // _LINE * _LINE
+    memory(first - 8, 1, np.int64)[0] = block
+    return first
+
+
+@inline
+def allocate(rows, columns):
+    """float32 memory of [rows, columns], from the start of a cache line on, until it is given to `release`.
+
+    An array of numba's own counts its references, and so do its slices: atomic steps, which took longer than arithmetic
+    on short rows.
+    """
+    return numba.carray(_pointer(_allocate(4 * rows * columns)), (rows, columns), np.float32)
+
+
+@inline
+def allocate_words(rows, columns):
+    """The same of unsigned 64-bit words."""
+    return numba.carray(_pointer(_allocate(8 * rows * columns)), (rows, columns), np.uint64)
+
+
+@inline
+def release(array):
+    """Free what `allocate` returned."""
+    _free(memory(array.ctypes.data - 8, 1, np.int64)[0])
 
 
 @inline

@@ -10,20 +10,13 @@ F = np.float32
 PARTIAL_SUMS = 128  # of the definition; `ordered_sum` is written out for it
 
 
-@helper
-def ordered_sum(row, partial):
-    """`ordered_sum` of the definition; ``partial`` is room for its partial sums."""
-    D, p = row.size, partial
-    p[:] = F(0.0)
-    for k in range(D // PARTIAL_SUMS):
-        part = row[k * PARTIAL_SUMS : (k + 1) * PARTIAL_SUMS]  # a slice: an index with a sum in it does not vectorise
-        for j in range(PARTIAL_SUMS):
-            p[j] = p[j] + part[j]
-    rest = row[D - D % PARTIAL_SUMS :]
-    for j in range(rest.size):
-        p[j] = p[j] + rest[j]
-    # The halvings to 64, 32 and 16 sums in one loop, and those to one in registers: one by one, each would wait for
-    # the memory that the one before has just written.
+@inline
+def _halvings(p):
+    """The sum of `PARTIAL_SUMS` numbers, in the order of the definition.
+
+    The halvings to 64, 32 and 16 sums in one loop, and those to one in registers: one by one, each would wait for the
+    memory that the one before has just written.
+    """
     for j in range(16):
         even = (p[j] + p[j + 64]) + (p[j + 32] + p[j + 96])
         odd = (p[j + 16] + p[j + 80]) + (p[j + 48] + p[j + 112])
@@ -34,14 +27,42 @@ def ordered_sum(row, partial):
 
 
 @inline
-def row_statistics(row, eps, work, partial):
+def _term(x, mean, squares):
+    centred = x - mean
+    return centred * centred if squares else x
+
+
+@inline
+def _ordered_sum(row, mean, squares, partial):
+    """The sum of ``row``, or of ``(row - mean)^2``; ``squares`` is a constant."""
+    D, p = row.size, partial
+    begin = PARTIAL_SUMS if D >= PARTIAL_SUMS else 0
+    if begin:
+        part = row[:PARTIAL_SUMS]
+        for j in range(PARTIAL_SUMS):
+            p[j] = F(0.0) + _term(part[j], mean, squares)
+    else:
+        p[:] = F(0.0)
+    while begin < D:
+        part = row[begin : begin + PARTIAL_SUMS]  # a slice: an index with a sum in it does not vectorise
+        for j in range(part.size):
+            p[j] = p[j] + _term(part[j], mean, squares)
+        begin += PARTIAL_SUMS
+    return _halvings(p)
+
+
+@helper
+def ordered_sum(row, partial):
+    """`ordered_sum` of the definition; ``partial`` is room for its partial sums."""
+    return _ordered_sum(row, F(0.0), False, partial)
+
+
+@inline
+def row_statistics(row, eps, partial):
     """``(mean, rstd)`` of a row."""
     D = F(row.size)
     mean = ordered_sum(row, partial) / D
-    for i in range(row.size):
-        centred = row[i] - mean
-        work[i] = centred * centred
-    variance = ordered_sum(work, partial) / D
+    variance = _ordered_sum(row, mean, True, partial) / D
     return mean, F(1.0) / F(math.sqrt(variance + eps))
 
 

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from typing import Any
 
 import llvmlite.binding as llvm
-import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
@@ -186,16 +185,8 @@ def multiply_row(values, steps, tile, width, zeros, out):
 
 
 @inline
-def tile_rows(count):
-    """``count`` rows of `TILE` zeros, each at the start of a cache line, so that no register is read from two."""
-    memory = np.zeros(count * TILE + 16, np.float32)
-    first = (-memory.ctypes.data // 4) % 16
-    return memory[first : first + count * TILE].reshape(count, TILE)
-
-
-@inline
 def row_of(rows, r):
-    """The address of ``rows[r]``, a row of `tile_rows`."""
+    """The address of ``rows[r]``, in rows of `TILE` floats."""
     return rows.ctypes.data + r * TILE * rows.itemsize
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from spikeattn._cpu.compiler import SOURCES, Frame, Kernel, memory, next_blocks
+from spikeattn._cpu.compiler import SOURCES, Frame, Kernel, allocate, memory, next_blocks, release
 from spikeattn._cpu.memory import empty
 from spikeattn._cpu.neuron import (
     F,
@@ -63,7 +63,7 @@ def forward_kernel(storage: torch.dtype, decay_input: bool, divides: bool, hard_
         tau, v_threshold, v_rest = F(p.tau), F(p.v_threshold), F(p.v_rest)
         x, spikes = memory(p.x, (time_steps - 1) * x_stride + N, element), memory(p.spikes, time_steps * N, element)
         v0, v_last, v_seq = memory(p.v0, p.v0_size, F), memory(p.v, N, F), memory(p.v_seq, time_steps * N, F)
-        buffers = np.empty((2, width), np.float32)
+        buffers = allocate(2, width)
         first, last = next_blocks(frame, p.pieces, p.blocks, 0)
         while first < last:
             for block in range(first, last):
@@ -92,6 +92,7 @@ def forward_kernel(storage: torch.dtype, decay_input: bool, divides: bool, hard_
                     if has_v_seq:
                         v_seq[t * N + lo : t * N + hi] = v
             first, last = next_blocks(frame, p.pieces, p.blocks, 1)
+        release(buffers)
 
     return Kernel(lif_forward, _FORWARD)
 
@@ -117,9 +118,8 @@ def backward_kernel(
         grad_v_seq, grad_r_tau = memory(p.grad_v_seq, time_steps * N, F), memory(p.grad_r_tau, p.blocks, np.float64)
         streamed = may_stream and p.streams != 0
         segments = (time_steps + segment - 1) // segment
-        starts = np.empty((segments, width), np.float32)  # V before each segment
-        h_seq = np.empty((segment, width), np.float32)
-        buffers = np.empty((6, width), np.float32)
+        starts = allocate(segments, width)  # V before each segment
+        h_seq, buffers = allocate(segment, width), allocate(6, width)
         first, last = next_blocks(frame, p.pieces, p.blocks, 0)
         while first < last:
             for block in range(first, last):
@@ -199,6 +199,9 @@ def backward_kernel(
                         double += terms[i]
                     grad_r_tau[block] = double
             first, last = next_blocks(frame, p.pieces, p.blocks, 1)
+        release(starts)
+        release(h_seq)
+        release(buffers)
 
     return Kernel(lif_backward, _BACKWARD)
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from spikeattn._cpu.compiler import SOURCES, Frame, Kernel, memory, next_blocks
+from spikeattn._cpu.compiler import SOURCES, Frame, Kernel, allocate, memory, next_blocks, release
 from spikeattn._cpu.memory import empty
 from spikeattn._cpu.neuron import (
     F,
@@ -80,8 +80,8 @@ def forward_kernel(storage: torch.dtype, decay_input: bool, divides: bool, hard_
         v0, v_last = memory(p.v0, p.v0_size, F), memory(p.v, R * D, F)
         spikes = memory(p.spikes, time_steps * R * D, element)
         mean, rstd = memory(p.mean, steps_of_x * R, F), memory(p.rstd, steps_of_x * R, F)
-        currents, buffers = np.empty((group, D), np.float32), np.empty((3, D), np.float32)
-        work, partial = buffers[0], np.empty(PARTIAL_SUMS, np.float32)
+        currents, buffers, partials = allocate(group, D), allocate(2, D), allocate(1, PARTIAL_SUMS)
+        partial = partials[0]
         m, s = F(0.0), F(0.0)
         first, last = next_blocks(frame, p.pieces, p.blocks, 0)
         while first < last:
@@ -94,16 +94,19 @@ def forward_kernel(storage: torch.dtype, decay_input: bool, divides: bool, hard_
                         if t + 1 < steps_of_x:
                             prefetch(x, (t + 1) * x_stride + lo, D)
                         if t < steps_of_x:
-                            row = load_row(x[t * x_stride + lo : t * x_stride + hi], buffers[1])
-                            m, s = row_statistics(row, eps, work, partial)
+                            row = load_row(x[t * x_stride + lo : t * x_stride + hi], buffers[0])
+                            m, s = row_statistics(row, eps, partial)
                             current_row(row, m, s, weight, bias, has_mask and mask[r], current)
                             mean[t * R + r], rstd[t * R + r] = m, s
                         out = spikes[t * R * D + lo : t * R * D + hi]
-                        fired = target_row(out, buffers[2])
+                        fired = target_row(out, buffers[1])
                         v = v_last[lo:hi]
                         step_row(current, v, fired, tau, v_threshold, v_rest, decay_input, divides, hard_reset, True)
                         store_row(out, fired)
             first, last = next_blocks(frame, p.pieces, p.blocks, 1)
+        release(currents)
+        release(buffers)
+        release(partials)
 
     return Kernel(norm_lif_forward, _FORWARD)
 
@@ -132,10 +135,10 @@ def backward_kernel(
         carry = memory(p.grad_v0, R * D, F)
         static = steps_of_x == 1
         segments = (time_steps + segment - 1) // segment
-        starts = np.empty((segments, group * D), np.float32)  # V before each segment
-        h_seq = np.empty((segment, group * D), np.float32)
-        potentials, totals = np.empty(group * D, np.float32), np.empty(group * D, np.float32)
-        buffers, partial = np.empty((7, D), np.float32), np.empty(PARTIAL_SUMS, np.float32)
+        starts = allocate(segments, group * D)  # V before each segment
+        h_seq, sums = allocate(segment, group * D), allocate(2, group * D)
+        buffers, partials = allocate(7, D), allocate(1, PARTIAL_SUMS)
+        potentials, totals, partial = sums[0], sums[1], partials[0]
         sg, current, grad = buffers[0], buffers[1], buffers[2]
         first, last = next_blocks(frame, p.pieces, p.blocks, 0)
         while first < last:
@@ -205,6 +208,11 @@ def backward_kernel(
                                     )  # fmt: skip
                                 store_row(out, result)
             first, last = next_blocks(frame, p.pieces, p.blocks, 1)
+        release(starts)
+        release(h_seq)
+        release(sums)
+        release(buffers)
+        release(partials)
 
     return Kernel(norm_lif_backward, _BACKWARD)
 

@@ -8,12 +8,21 @@ from collections.abc import Sequence
 from functools import cache
 
 import numba
-import numpy as np
 import torch
 from torch import Tensor
 
 from spikeattn._cpu.bits import U
-from spikeattn._cpu.compiler import SOURCES, Frame, Kernel, inline, memory, next_blocks
+from spikeattn._cpu.compiler import (
+    SOURCES,
+    Frame,
+    Kernel,
+    allocate,
+    allocate_words,
+    inline,
+    memory,
+    next_blocks,
+    release,
+)
 from spikeattn._cpu.memory import empty
 from spikeattn._cpu.neuron import (
     F,
@@ -28,7 +37,7 @@ from spikeattn._cpu.states import add_bits, add_products, add_row, sum_rows
 from spikeattn._cpu.storage import ELEMENT, copy_row, load_row
 from spikeattn._cpu.streams import prefetch
 from spikeattn._cpu.threads import spread
-from spikeattn._cpu.vectors import ROWS, TILE, multiply, multiply_row, row_of, tile_rows
+from spikeattn._cpu.vectors import ROWS, TILE, multiply, multiply_row, row_of
 from spikeattn._leak import has_exact_reciprocal
 from spikeattn.ops.spiking_attention.cpu import MOST_STATE_ROWS
 from spikeattn.ops.spiking_attention.cpu_inputs import (
@@ -104,15 +113,19 @@ def backward_kernel(storage: torch.dtype, fires: bool, divides: bool, hard_reset
         grad = memory(p.grad, extent(p.gradT, p.gradB, p.gradH, p.gradL, T, B, H, L, E), element)
         grad_q = memory(p.grad_q, T * B * H * L * E, element)
         grad_k, grad_v = memory(p.grad_k, T * B * H * S * E, element), memory(p.grad_v, T * B * H * S * E, element)
-        queries, keys, values = np.empty((T, L), U), np.empty((T, S), U), np.empty((T, S), U)
-        states, states_T = tile_rows(T * E if fires else 0), tile_rows(T * E)  # K^T V, and V^T K
-        G = np.empty((T * L + ROWS) * E + TILE, F)  # of all currents, with room for what is read beyond the last
+        words = allocate_words(3 * T, max(L, S))
+        queries, keys, values = words[:T, :L], words[T : 2 * T, :S], words[2 * T :, :S]
+        tiles = allocate((2 * T + 4) * E + TOKENS + ROWS + 2, TILE)
+        states, states_T, squares = tiles[: T * E], tiles[T * E : 2 * T * E], tiles[2 * T * E :]  # K^T V, and V^T K
+        total, total_T, part, part_T = squares[:E], squares[E : 2 * E], squares[2 * E : 3 * E], squares[3 * E : 4 * E]
+        sums, zeros, products = squares[4 * E :], squares[4 * E + 1 :], squares[4 * E + 2 :]
         # Of `TOKENS` tokens, one after another; with room for what is written beyond the last.
-        h_seq, carries, slopes = np.empty((T, TOKENS * E), F), np.empty(TOKENS * E, F), np.empty(TOKENS * E, F)
-        currents, grads = np.empty(TOKENS * E + TILE, F), np.empty(TOKENS * E, F)
-        total, total_T, part, part_T = tile_rows(E), tile_rows(E), tile_rows(E), tile_rows(E)  # Q^T G, and G^T Q
-        rows, sums, zeros = tile_rows(TOKENS + ROWS), tile_rows(1), tile_rows(1)
-        own_row, buffer = sums[0, :E], np.empty(E, F)
+        rows = allocate(T + 5, TOKENS * E + TILE)
+        h_seq, carries, slopes, currents, grads = rows[:T], rows[T], rows[T + 1], rows[T + 2], rows[T + 3]
+        own_row, buffer = sums[0, :E], rows[T + 4, :E]
+        all_G = allocate(1, (T * L + ROWS) * E + TILE)  # of all tokens, with room for what is read beyond the last
+        G = all_G[0]
+        zeros[0] = F(0.0)
         first, last = next_blocks(frame, p.pieces, p.blocks, 0)
         while first < last:
             for block in range(first, last):
@@ -168,14 +181,16 @@ def backward_kernel(storage: torch.dtype, fires: bool, divides: bool, hard_reset
                             for i in range(begin, begin + n):
                                 add_bits(state_T, values[t, i], E, keys[t, i])
                                 own = G.ctypes.data + (t * L + i) * E * G.itemsize
-                                multiply_row(own, E, state_T, E, row_of(zeros, 0), row_of(rows, i - begin))
+                                multiply_row(own, E, state_T, E, row_of(zeros, 0), row_of(products, i - begin))
                         else:
                             state_T = states_T[t * E : (t + 1) * E]
-                            multiply(G[(t * L + begin) * E :], E, 1, E, n, state_T, E, zeros, rows)
+                            multiply(G[(t * L + begin) * E :], E, 1, E, n, state_T, E, zeros, products)
                         for i in range(begin, begin + n):
                             at = t * p.grad_qT + b * p.grad_qB + h * p.grad_qH + i * p.grad_qL
                             is_padding = query_mask.size > 0 and query_mask[b * L + i]
-                            copy_row(grad_q[at : at + E], zeros[0, :E] if is_padding else rows[i - begin, :E], buffer)
+                            copy_row(
+                                grad_q[at : at + E], zeros[0, :E] if is_padding else products[i - begin, :E], buffer
+                            )
                 for t in range(T):
                     k_at = t * p.grad_kT + b * p.grad_kB + h * p.grad_kH
                     v_at = t * p.grad_vT + b * p.grad_vB + h * p.grad_vH
@@ -210,6 +225,10 @@ def backward_kernel(storage: torch.dtype, fires: bool, divides: bool, hard_reset
                             at = v_at + j * p.grad_vL
                             copy_row(grad_v[at : at + E], own_row, buffer)
             first, last = next_blocks(frame, p.pieces, p.blocks, 1)
+        release(words)
+        release(tiles)
+        release(rows)
+        release(all_G)
 
     return Kernel(spiking_attention_backward, _BACKWARD)
 

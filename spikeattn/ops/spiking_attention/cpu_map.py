@@ -6,8 +6,8 @@ import numba
 import numpy as np
 import torch
 
-from spikeattn._cpu.bits import WORD, U, count_bits, count_row, pack, transpose
-from spikeattn._cpu.compiler import SOURCES, Frame, Kernel, memory, next_blocks
+from spikeattn._cpu.bits import WORD, count_bits, count_row, pack, transpose
+from spikeattn._cpu.compiler import SOURCES, Frame, Kernel, allocate, allocate_words, memory, next_blocks, release
 from spikeattn._cpu.neuron import F, step_row
 from spikeattn._cpu.storage import ELEMENT, store_row, target_row
 from spikeattn.ops.spiking_attention.cpu_inputs import INPUTS, load_tokens, open_inputs
@@ -31,9 +31,11 @@ def map_kernel(storage: torch.dtype, divides: bool, hard_reset: bool) -> Kernel:
         tau, v_threshold, v_rest = F(p.tau), F(p.v_threshold), F(p.v_rest)
         q, k, v, scale, query_mask, key_mask = open_inputs(p)
         out = memory(p.out, T * B * L * H * E, element)
-        queries, keys, values = np.empty(L, U), np.empty(S, U), np.empty(S, U)
-        columns = np.empty(((S + WORD - 1) // WORD, E), U)  # of values
-        current, spikes, buffer, potentials = np.empty(S, F), np.empty(S, F), np.empty(E, F), np.empty((L, S), F)
+        words = allocate_words(3, max(L, S))
+        queries, keys, values = words[0, :L], words[1, :S], words[2, :S]
+        columns = allocate_words((S + WORD - 1) // WORD, E)  # of values
+        rows, potentials = allocate(3, max(S, E)), allocate(L, S)
+        current, spikes, buffer = rows[0, :S], rows[1, :S], rows[2, :E]
         first, last = next_blocks(frame, p.pieces, p.blocks, 0)
         while first < last:
             for block in range(first, last):
@@ -60,5 +62,9 @@ def map_kernel(storage: torch.dtype, divides: bool, hard_reset: bool) -> Kernel:
                                 result[e] += F(np.int64(count_bits(word & column[e])))
                         store_row(row, result)
             first, last = next_blocks(frame, p.pieces, p.blocks, 1)
+        release(words)
+        release(columns)
+        release(rows)
+        release(potentials)
 
     return Kernel(spiking_attention_map, _FRAME)

@@ -7,15 +7,13 @@ the rows of the state that its key names, and sums the rows that its query names
 from functools import cache
 
 import numba
-import numpy as np
 import torch
 
-from spikeattn._cpu.bits import U
-from spikeattn._cpu.compiler import SOURCES, Frame, Kernel, memory, next_blocks
+from spikeattn._cpu.compiler import SOURCES, Frame, Kernel, allocate, allocate_words, memory, next_blocks, release
 from spikeattn._cpu.neuron import F, step_row
 from spikeattn._cpu.states import add_bits, sum_rows
 from spikeattn._cpu.storage import ELEMENT, copy_row
-from spikeattn._cpu.vectors import TILE, row_of, tile_rows
+from spikeattn._cpu.vectors import TILE, row_of
 from spikeattn.ops.spiking_attention.cpu_inputs import INPUTS, load_tokens, open_inputs
 
 # Tokens that are taken through time together, so that a state is read from the L1 cache by all but the first.
@@ -37,11 +35,14 @@ def state_kernel(storage: torch.dtype, fires: bool, divides: bool, hard_reset: b
         tau, v_threshold, v_rest = F(p.tau), F(p.v_threshold), F(p.v_rest)
         q, k, v, scale, query_mask, key_mask = open_inputs(p)
         out = memory(p.out, T * B * L * H * E, element)
-        queries, keys, values = np.empty((T, L), U), np.empty((T, S), U), np.empty((T, S), U)
-        states, zeros = tile_rows(T * E), tile_rows(1)
-        # Of the tokens, one after another; with room for what is written beyond the last.
-        currents, spikes, potentials = np.empty(TOKENS * E + TILE, F), np.empty(TOKENS * E, F), np.empty(TOKENS * E, F)
-        buffer = np.empty(E, F)
+        words = allocate_words(3 * T, max(L, S))
+        queries, keys, values = words[:T, :L], words[T : 2 * T, :S], words[2 * T :, :S]
+        tiles = allocate(T * E + 1, TILE)
+        states, zeros = tiles[: T * E], tiles[T * E :]
+        # Of `TOKENS` tokens, one after another; with room for what is written beyond the last.
+        rows = allocate(4, TOKENS * E + TILE)
+        currents, spikes, potentials, buffer = rows[0], rows[1], rows[2], rows[3, :E]
+        zeros[:] = F(0.0)
         first, last = next_blocks(frame, p.pieces, p.blocks, 0)
         while first < last:
             for block in range(first, last):
@@ -73,5 +74,8 @@ def state_kernel(storage: torch.dtype, fires: bool, divides: bool, hard_reset: b
                             own_row = spikes[i * E : (i + 1) * E] if fires else currents[i * E : (i + 1) * E]
                             copy_row(out[at : at + E], own_row, buffer)
             first, last = next_blocks(frame, p.pieces, p.blocks, 1)
+        release(words)
+        release(tiles)
+        release(rows)
 
     return Kernel(spiking_attention_state, _FRAME)
