@@ -16,7 +16,6 @@ def watched(inputs: tuple) -> bool:
     """Whether somebody has to see a call as one operation, or a tensor's memory is not what it says."""
     return (
         torch.compiler.is_compiling()
-        or torch.is_grad_enabled()
         or is_in_torch_dispatch_mode()
         or torch._C._len_torch_dispatch_stack() > 0  # of this thread; the line before looks at the whole process
         or torch._C._len_torch_function_stack() > 0  # a default device, too, which would reach what kernels allocate
@@ -51,7 +50,7 @@ def direct(op: torch.library.CustomOpDef) -> Callable[..., Any]:
     function = op._init_fn
 
     def call(*inputs):
-        return op(*inputs) if watched(inputs) else function(*inputs)
+        return op(*inputs) if torch.is_grad_enabled() or watched(inputs) else function(*inputs)
 
     return call
 

@@ -1,4 +1,5 @@
 """What the fused CPU kernels share. The only folder, with the ``cpu.py`` of each op, that imports numba.
 
-`threads` imports no numba; every other module here does, so they are imported where a kernel is about to run.
+`threads` and `memory` import no numba; every other module here does, so they are imported where a kernel is about to
+run.
 """

@@ -153,6 +153,26 @@ def test_other_dtypes_and_autocast_are_torchs():
         event_linear(*wide, backend="numba")
 
 
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("autocast", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bit_products_have_torchs_bits_in_memory_that_is_used_again(dtype, autocast, with_bias):
+    x, (weight, bias) = inputs("spikes", 600, 256).view(3, 200, 256), parameters(256, 130)
+    if not autocast:
+        x, weight, bias = x.to(dtype), weight.to(dtype), bias.to(dtype)
+    grad = torch.randn(3, 200, 130).to(dtype)
+    results = []
+    for product in (event_linear, functional.linear):
+        own = [y.clone().requires_grad_() for y in ((x, weight, bias) if with_bias else (x, weight))]
+        with torch.autocast("cpu", dtype, enabled=autocast):
+            y = product(*own)
+        results.append((y.detach().clone(), *torch.autograd.grad(y, own, grad)))
+    assert all(got.dtype == want.dtype and torch.equal(got, want) for got, want in zip(*results, strict=True))
+    with torch.autocast("cpu", dtype, enabled=autocast), torch.no_grad():
+        first = event_linear(x, weight).data_ptr()
+        assert event_linear(x, weight).data_ptr() == first
+
+
 def test_nan_and_infinity_of_an_input_arrive():
     x, weight = torch.tensor([[0.0, float("nan")], [float("inf"), 0.0], [0.0, 0.0]]), torch.ones(1, 2)
     out = event_linear(x, weight, backend="numba").flatten()

@@ -364,7 +364,8 @@ def _backward_of_bits(
     spikes = Spikes(*(Packed(bits, *layout) for bits, layout in zip(kept, ctx.layouts, strict=True)))
     fire, _, is_causal, tau, v_threshold, v_reset, detach_reset, surrogate, alpha, _ = ctx.settings
     q = spikes.q
-    if cpu_backward.takes_backward(q.shape, q.dtype, inputs[0], fire) and not watched((grad,)):
+    twice = torch.is_grad_enabled()  # the registered operation says that it has no second derivative
+    if cpu_backward.takes_backward(q.shape, q.dtype, inputs[0], fire) and not (twice or watched((grad,))):
         return cpu_backward.spiking_attention_backward_cpu(
             grad, spikes, *inputs,
             fire, is_causal, tau, v_threshold, v_reset, detach_reset, surrogate_of(surrogate, alpha),
