@@ -21,6 +21,7 @@ LAYERS = [
     "spikeattn._report",
     "spikeattn.nn",
     "spikeattn.ops",
+    "spikeattn._recycled",
     "spikeattn._cpu",
     "spikeattn._checks",
     "spikeattn._backends",

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from spikeattn import _checks
 from spikeattn._backends import Backend
+from spikeattn._recycled import converted
 from spikeattn.nn.alive import attention_gain
 from spikeattn.nn.neuron import LIF, fires_inside
 from spikeattn.nn.projection import Init, Norm, NormedLinear, SpikingLinear, SpikingOptions, TokenBatchNorm
@@ -98,7 +99,7 @@ def as_autocast(x: Tensor) -> Tensor:
     if x.dtype != torch.float32 or not torch.is_autocast_enabled(device):
         return x
     dtype = torch.get_autocast_dtype(device)
-    return x[:1].to(dtype).expand_as(x) if is_static(x) else x.to(dtype)
+    return converted(x[:1], dtype).expand_as(x) if is_static(x) else converted(x, dtype)
 
 
 class HeadedAttention(nn.Module):

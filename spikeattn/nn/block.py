@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from spikeattn import _checks
 from spikeattn._backends import Backend
+from spikeattn._recycled import added
 from spikeattn.nn.attention import SpikingSelfAttention, StreamState
 from spikeattn.nn.projection import Init, Norm, NormedLinear, SpikingLinear, SpikingNorm, SpikingOptions
 from spikeattn.ops.spiking_attention.reference import Fire
@@ -174,8 +175,8 @@ class SpikingTransformerBlock(nn.Module):
         self, x: Float[Tensor, "T B L D"], key_padding_mask: Bool[Tensor, "B L"] | None = None
     ) -> Float[Tensor, "T B L D"]:
         """``x`` [T, B, L, D] plus spikes, or currents; unchanged where ``key_padding_mask`` [B, L] is True."""
-        x = x + self.attn(self._given("attn_in", x, key_padding_mask), key_padding_mask)
-        return x + self.mlp(self._given("mlp_in", x, key_padding_mask), key_padding_mask)
+        x = added(x, self.attn(self._given("attn_in", x, key_padding_mask), key_padding_mask))
+        return added(x, self.mlp(self._given("mlp_in", x, key_padding_mask), key_padding_mask))
 
     def step(
         self,
@@ -185,8 +186,8 @@ class SpikingTransformerBlock(nn.Module):
     ) -> tuple[Float[Tensor, "T B L D"], StreamState]:
         """Go on with a causal sequence by the next L tokens: see `SpikingSelfAttention.step`."""
         attended, state = self.attn.step(self._given("attn_in", x, key_padding_mask), state, key_padding_mask)
-        x = x + attended
-        return x + self.mlp(self._given("mlp_in", x, key_padding_mask), key_padding_mask), state
+        x = added(x, attended)
+        return added(x, self.mlp(self._given("mlp_in", x, key_padding_mask), key_padding_mask)), state
 
     def _given(self, neurons: str, x: Tensor, key_padding_mask: Tensor | None) -> Tensor:
         """What a branch is given of ``x``: with a membrane shortcut the spikes of its ``neurons``, else ``x``."""

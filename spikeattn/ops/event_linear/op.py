@@ -3,18 +3,16 @@
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn import functional
 
 from spikeattn import _checks
-from spikeattn._autograd import differentiable, direct, watched
+from spikeattn._autograd import differentiable, direct
 from spikeattn._backends import Backend, resolve_backend
 from spikeattn._compile import constant
-from spikeattn.ops.event_linear.dense import DenseLinear
+from spikeattn._recycled import linear
 
 _WORD = 64  # bits in which a kernel keeps what fired
 # From this share of spikes on, the gradient of the weights is a plain matrix product, as it is for other numbers.
 _DENSE = 0.5
-_LOW = (torch.bfloat16, torch.float16)
 
 
 def event_linear(
@@ -66,21 +64,9 @@ def event_linear(
     _checks.check_linear("event_linear", x, weight, bias)
     chosen = resolve_backend(backend, x.device, "event_linear", lambda name: event_linear_kernels_take(name, x))
     if chosen == "torch" or not (x.numel() and weight.numel()):
-        return _dense(x, weight, bias)
+        return linear(x, weight, bias)
     keep = torch.is_grad_enabled() and weight.requires_grad
     y, _, _ = _event_linear(x.reshape(-1, x.shape[-1]), weight, bias, keep)
-    return y.view(*x.shape[:-1], weight.shape[0])
-
-
-def _dense(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``torch.nn.functional.linear``, 16-bit results on a CPU in memory that is used again."""
-    device, dtype = x.device.type, x.dtype
-    if torch.is_autocast_enabled(device) and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
-    if device != "cpu" or dtype not in _LOW or not x.numel() or watched((x, weight, bias)):
-        return functional.linear(x, weight, bias)
-    own_bias = None if bias is None else bias.to(dtype)
-    y = DenseLinear.apply(x.to(dtype).reshape(-1, x.shape[-1]), weight.to(dtype), own_bias)
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
