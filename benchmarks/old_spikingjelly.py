@@ -28,22 +28,23 @@ VARIABLE = "OLD_SPIKINGJELLY"
 Norm = tuple[Tensor, Tensor]  # a LayerNorm's weight and bias
 
 
-def old_lif(name: str, x: Tensor, tau: float, norm: Norm | None = None) -> Contender:
-    """Its LIF on ``x``, after ``norm`` if there is one; raises `CannotRun` with the reason."""
-    node = Node(x, tau, norm)
-    return Contender(name, *(partial(node.ask, what) for what in ("forward", "training")), times_itself=True)
+def old_contender(name: str, x: Tensor, **model: Any) -> Contender:
+    """A model of its neurons on ``x``, as of `Model`; raises `CannotRun` with the reason."""
+    peer = Model(x, **model)
+    return Contender(name, *(partial(peer.ask, what) for what in ("forward", "training")), times_itself=True)
 
 
-class Node:
-    """Its LIF in the other process, which ends with this object.
+class Model:
+    """Its LIF, alone, after a LayerNorm or in a transformer block, in the other process, which ends with this object.
 
     Args:
         x: Input, ``[T, ...]``.
-        tau: In time steps.
+        tau: In time steps; of the LIF alone.
         norm: Of the LayerNorm before it.
+        block: `benchmarks.peer_block.Parts`, for the block that is made of them.
     """
 
-    def __init__(self, x: Tensor, tau: float, norm: Norm | None = None) -> None:
+    def __init__(self, x: Tensor, tau: float = 2.0, norm: Norm | None = None, block: Any = None) -> None:
         folder = os.environ.get(VARIABLE)
         if not folder:
             command = f"`pip install --no-deps --target FOLDER spikingjelly=={VERSION}`"
@@ -58,7 +59,8 @@ class Node:
         )
         weakref.finalize(self, self._process.communicate)  # the end of the questions is its end
         plain = tuple(p.cpu() for p in norm) if norm else None
-        self.ask({"x": x.cpu(), "device": x.device, "tau": tau, "norm": plain, "threads": torch.get_num_threads()})
+        question = {"x": x.cpu(), "device": x.device, "tau": tau, "norm": plain, "block": block}
+        self.ask({**question, "threads": torch.get_num_threads()})
 
     def ask(self, question: object) -> Any:
         """Seconds of a run, "forward" or "training"; or what it gives, "spikes"."""
@@ -74,7 +76,7 @@ class Node:
 
 
 def _serve() -> None:
-    """Answer questions until there are no more, first a node's arguments, then what to do; text is an error."""
+    """Answer questions until there are no more, first a model's arguments, then what to do; text is an error."""
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what the package prints is no answer
     respond = None
@@ -96,24 +98,15 @@ def _serve() -> None:
 
 
 def _responder(
-    x: Tensor, device: torch.device, tau: float, norm: Norm | None, threads: int
+    x: Tensor, device: torch.device, tau: float, norm: Norm | None, block: Any, threads: int
 ) -> Callable[[str], float | Tensor]:
-    """What runs the node and answers; a first training step shows that it can, and is the first that is told."""
+    """What runs the model and answers; a first training step shows that it can, and is the first that is told."""
     if (found := version("spikingjelly")) != VERSION:
         raise ImportError(f"{VARIABLE} holds spikingjelly {found}")
-    from spikingjelly.activation_based import neuron, surrogate
-
     torch.set_num_threads(threads)
     # CuPy's kernels know no bfloat16.
     backend = "cupy" if device.type == "cuda" and x.dtype == torch.float32 else "torch"
-    fire = surrogate.ATan()
-    node = neuron.LIFNode(tau, surrogate_function=fire, detach_reset=True, step_mode="m", backend=backend)
-    affine = [p.to(device, x.dtype) for p in norm] if norm else None
-
-    def model(x: Tensor) -> Tensor:
-        node.reset()
-        return node(nn.functional.layer_norm(x, affine[0].shape, *affine) if affine else x)
-
+    model = _block(block, backend).to(device) if block else _lif(device, x.dtype, tau, norm, backend)
     own = contender(NAME, model, x.to(device))
     clock = clock_of(device.type)
     first = [clock(own.training)]
@@ -126,6 +119,30 @@ def _responder(
         return clock(getattr(own, question))
 
     return respond
+
+
+def _lif(device: torch.device, dtype: torch.dtype, tau: float, norm: Norm | None, backend: str) -> Callable:
+    from spikingjelly.activation_based import neuron, surrogate
+
+    fire = surrogate.ATan()
+    node = neuron.LIFNode(tau, surrogate_function=fire, detach_reset=True, step_mode="m", backend=backend)
+    affine = [p.to(device, dtype) for p in norm] if norm else None
+
+    def model(x: Tensor) -> Tensor:
+        node.reset()
+        return node(nn.functional.layer_norm(x, affine[0].shape, *affine) if affine else x)
+
+    return model
+
+
+def _block(parts: Any, backend: str) -> nn.Module:
+    from spikingjelly.activation_based import functional
+
+    from benchmarks.peer_block import PeerBlock
+
+    block = PeerBlock(parts)
+    functional.set_backend(block, backend)
+    return block
 
 
 if __name__ == "__main__":

@@ -10,9 +10,11 @@ import torch
 from spikingjelly.activation_based import neuron
 
 from benchmarks.measure import contender, measure
-from benchmarks.old_spikingjelly import NAME, VARIABLE, Node, old_lif
+from benchmarks.old_spikingjelly import NAME, VARIABLE, Model, old_contender
+from benchmarks.peer_block import PeerBlock
 from benchmarks.registry import Case
-from spikeattn import lif, norm_lif
+from benchmarks.suites.block import parts_of
+from spikeattn import SpikingTransformerBlock, lif, norm_lif
 
 LIF_NODE = """
 import torch
@@ -21,9 +23,9 @@ print("no answer")
 
 
 class LIFNode(torch.nn.Module):
-    def __init__(self, tau, surrogate_function, detach_reset, step_mode, backend):
+    def __init__(self, tau, surrogate_function, detach_reset, step_mode, backend="torch", v_threshold=1.0):
         super().__init__()
-        self.tau, self.v = tau, None
+        self.tau, self.v_threshold, self.v = tau, v_threshold, None
 
     def reset(self):
         self.v = 0.0
@@ -32,9 +34,22 @@ class LIFNode(torch.nn.Module):
         spikes = []
         for x_t in x:
             h = self.v + (x_t - self.v) / self.tau
-            spikes.append((h >= 1).to(x) + 0 * h)
-            self.v = h * (h < 1)
+            fires = h >= self.v_threshold
+            spikes.append(fires.to(x) + 0 * h)
+            self.v = h * ~fires
         return torch.stack(spikes)
+"""
+
+
+FUNCTIONAL = """
+def reset_net(net):
+    for module in net.modules():
+        if hasattr(module, "reset"):
+            module.reset()
+
+
+def set_backend(net, backend):
+    pass
 """
 
 
@@ -45,6 +60,7 @@ def write_package(folder, lif_node=LIF_NODE, version="0.0.0.0.14"):
         "spikingjelly/activation_based/__init__.py": "",
         "spikingjelly/activation_based/surrogate.py": "class ATan:\n    pass\n",
         "spikingjelly/activation_based/neuron.py": lif_node,
+        "spikingjelly/activation_based/functional.py": FUNCTIONAL,
         "spikingjelly-0.dist-info/METADATA": f"Metadata-Version: 2.1\nName: spikingjelly\nVersion: {version}\n",
     }
     for name, text in files.items():
@@ -64,7 +80,7 @@ def package(tmp_path, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_its_spikes_are_those_of_the_new_one(dtype):
     x = torch.randn(8, 50).mul_(2).to(dtype)
-    node = Node(x, tau=2.0)
+    node = Model(x, tau=2.0)
     spikes = node.ask("spikes")
     assert 0.05 < spikes.float().mean() < 0.5
     assert torch.equal(spikes, neuron.LIFNode(2.0, step_mode="m")(x))
@@ -76,16 +92,22 @@ def test_its_spikes_are_those_of_the_new_one(dtype):
 @pytest.mark.usefixtures("package")
 def test_its_spikes_after_a_norm_are_ours():
     x, weight, bias = torch.randn(4, 3, 16), torch.full((16,), 2.0), torch.linspace(-0.5, 0.5, 16)
-    spikes = Node(x, 2.0, (weight, bias)).ask("spikes")
+    spikes = Model(x, 2.0, (weight, bias)).ask("spikes")
     assert spikes.any()
     assert torch.equal(spikes, norm_lif(x, weight, bias, tau=2.0).spikes)
+
+
+@pytest.mark.usefixtures("package")
+def test_its_block_is_that_of_the_new_one():
+    x, parts = torch.randn(4, 2, 5, 32), parts_of(SpikingTransformerBlock(32, 2, tau=2.0), 5)
+    torch.testing.assert_close(Model(x, block=parts).ask("spikes"), PeerBlock(parts)(x))
 
 
 @pytest.mark.usefixtures("package")
 def test_it_is_measured_beside_ours_by_its_own_seconds():
     x = torch.randn(4, 10)
     own = contender("ours", torch.sigmoid, x)
-    row = measure(Case("c", {}, own, {NAME: lambda: old_lif(NAME, x, 2.0)}), "cpu", 0.0)
+    row = measure(Case("c", {}, own, {NAME: lambda: old_contender(NAME, x, tau=2.0)}), "cpu", 0.0)
     for kind in ("forward", "training"):
         assert row[kind][NAME]["first_s"] > 0
         assert len(row[kind][NAME]["samples_s"]) == 3
@@ -95,10 +117,10 @@ def test_it_is_measured_beside_ours_by_its_own_seconds():
     assert row["absent"] == {}
 
 
-def test_the_process_ends_with_its_node(tmp_path, monkeypatch):
+def test_the_process_ends_with_its_model(tmp_path, monkeypatch):
     write_package(tmp_path)
     monkeypatch.setenv(VARIABLE, str(tmp_path))
-    node = Node(torch.randn(2, 3), 2.0)
+    node = Model(torch.randn(2, 3), 2.0)
     process = node._process
     assert process.poll() is None
     del node
@@ -107,7 +129,7 @@ def test_the_process_ends_with_its_node(tmp_path, monkeypatch):
 
 def absence(x):
     """Why it is absent."""
-    case = Case("c", {}, contender("ours", torch.sigmoid, x), {NAME: lambda: old_lif(NAME, x, 2.0)})
+    case = Case("c", {}, contender("ours", torch.sigmoid, x), {NAME: lambda: old_contender(NAME, x, tau=2.0)})
     return measure(case, "cpu", 0.0)["absent"][NAME]
 
 

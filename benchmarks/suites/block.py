@@ -4,10 +4,11 @@ import copy
 from functools import partial
 
 import torch
-from spikingjelly.activation_based import functional, neuron, surrogate
 from torch import Tensor, nn
 
 from benchmarks.measure import contender, peers_on
+from benchmarks.old_spikingjelly import NAME, old_contender
+from benchmarks.peer_block import Parts, PeerBlock
 from benchmarks.registry import Case, CaseMakers, Suite
 from spikeattn import SpikingTransformerBlock
 from spikeattn.nn.projection import SpikingLinear
@@ -18,44 +19,18 @@ SIZES = {"spikemo": (32, 16, 24, 256, 8), "cifar": (4, 8, 64, 384, 12), "imagene
 _LARGER = {"cpu": 1, "cuda": 8}
 
 
-class PeerBlock(nn.Module):
-    """The equations of `SpikingTransformerBlock` from Linear, LayerNorm, matmul and SpikingJelly's LIFNode.
+def parts_of(ours: SpikingTransformerBlock, tokens: int) -> Parts:
+    """The sizes and weights of ``ours``; ``tokens`` is how many it is given, for the attention's scale."""
+    attention = ours.attn
+    scale = attention._scale(torch.tensor([[tokens]])).item()
+    layers = (attention.q, attention.k, attention.v, attention.out, ours.mlp.fc1, ours.mlp.fc2)
+    return Parts(attention.num_heads, attention.is_causal, scale, attention.tau, [_plain(layer) for layer in layers])
 
-    Args:
-        ours: The block whose sizes and weights it has.
-        tokens: How many tokens it is given, for the attention's scale.
-    """
 
-    def __init__(self, ours: SpikingTransformerBlock, tokens: int) -> None:
-        super().__init__()
-        attention = ours.attn
-        self.heads, self.causal = attention.num_heads, attention.is_causal
-        self.scale = attention._scale(torch.tensor([[tokens]])).item()
-        self.tau = attention.tau
-        self.attn_lif = self._lif(0.5)
-        layers = (attention.q, attention.k, attention.v, attention.out, ours.mlp.fc1, ours.mlp.fc2)
-        self.q, self.k, self.v, self.out, fc1, fc2 = map(self._layer, layers)
-        self.mlp = nn.Sequential(fc1, fc2)
-
-    def _lif(self, v_threshold: float) -> neuron.LIFNode:
-        fire = surrogate.ATan()
-        options = {"surrogate_function": fire, "detach_reset": True, "step_mode": "m"}
-        return neuron.LIFNode(self.tau, v_threshold=v_threshold, **options)
-
-    def _layer(self, ours: SpikingLinear) -> nn.Sequential:
-        linear = nn.Linear(ours.linear.in_features, ours.linear.out_features)
-        linear.load_state_dict(ours.linear.state_dict())
-        return nn.Sequential(linear, copy.deepcopy(ours.norm), self._lif(1.0))
-
-    def forward(self, x: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
-        functional.reset_net(self)
-        q, k, v = (layer(x).unflatten(-1, (self.heads, -1)).transpose(2, 3) for layer in (self.q, self.k, self.v))
-        if key_padding_mask is not None:
-            k, v = (y.masked_fill(key_padding_mask[:, None, :, None], 0.0) for y in (k, v))
-        weights = q @ k.transpose(-1, -2)
-        attended = self.attn_lif((weights.tril() if self.causal else weights) @ v * self.scale)
-        x = x + self.out(attended.transpose(2, 3).flatten(3))
-        return x + self.mlp(x)
+def _plain(layer: SpikingLinear) -> tuple[nn.Linear, nn.LayerNorm]:
+    linear = nn.Linear(layer.linear.in_features, layer.linear.out_features)
+    linear.load_state_dict(layer.linear.state_dict())
+    return linear, copy.deepcopy(layer.norm)
 
 
 def cases(device: str, quick: bool) -> CaseMakers:
@@ -69,7 +44,8 @@ def _case(name: str, T: int, B: int, L: int, D: int, heads: int, low: bool, devi
     B *= _LARGER[device]
     x = torch.randn(T, B, L, D, device=device)
     ours = SpikingTransformerBlock(D, heads, tau=TAU).to(device)
-    peer = PeerBlock(ours, L).to(device)
+    parts = parts_of(ours, L)
+    peer = PeerBlock(parts).to(device)
 
     def autocast(model: nn.Module):
         def run(x: Tensor) -> Tensor:
@@ -78,14 +54,15 @@ def _case(name: str, T: int, B: int, L: int, D: int, heads: int, low: bool, devi
 
         return run
 
-    peers = {"SpikingJelly 2.0.0's parts": lambda: peer}
+    makers = {"SpikingJelly 2.0.0's parts": lambda: peer}
     if low:
-        peers["the same under bfloat16 autocast"] = lambda: autocast(peer)
+        makers["the same under bfloat16 autocast"] = lambda: autocast(peer)
+    peers = {**peers_on(x, makers), f"{NAME}'s parts": partial(old_contender, f"{NAME}'s parts", x, block=parts)}
     return Case(
         name=f"{name}: T={T} B={B} L={L} D={D} heads={heads} {'bfloat16 autocast' if low else 'float32'}",
         sizes={"T": T, "B": B, "L": L, "D": D, "dtype": "bfloat16" if low else "float32"},
         ours=contender("spikeattn", autocast(ours) if low else ours, x),
-        peers=peers_on(x, peers),
+        peers=peers,
     )
 
 

@@ -6,7 +6,7 @@ from functools import partial
 import torch
 
 from benchmarks.measure import contender, peers_on
-from benchmarks.old_spikingjelly import NAME, old_lif
+from benchmarks.old_spikingjelly import NAME, old_contender
 from benchmarks.registry import Case, CaseMakers, Suite
 from benchmarks.suites import peers
 from spikeattn import LIF as OurLIF
@@ -46,7 +46,7 @@ def _case(T: int, N: int, dtype: torch.dtype, device: str) -> Case:
         name=f"T={T} N={N} {str(dtype).removeprefix('torch.')}",
         sizes={"T": T, "N": N, "dtype": str(dtype).removeprefix("torch.")},
         ours=contender("spikeattn", ours, x),
-        peers={**peers_on(x, makers), NAME: partial(old_lif, NAME, x, TAU)},
+        peers={**peers_on(x, makers), NAME: partial(old_contender, NAME, x, tau=TAU)},
         absent=absent,
         forward_bytes=2 * size * T * N,
         training_bytes=5 * size * T * N,

@@ -13,8 +13,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from benchmarks.peer_block import PeerBlock
 from benchmarks.registry import Case, CaseMakers, Contender, Suite
-from benchmarks.suites.block import PeerBlock
+from benchmarks.suites.block import parts_of
 from spikemo_model import DialogueBatch, SpikEmo
 from spikemo_model.config import DSWAConfig, ModalityConfig, Preset, SpikEmoConfig, TrainingConfig, iemocap, meld
 from spikemo_model.context import DialogueCell, DialogueRNN, ModalityEncoder
@@ -101,7 +102,7 @@ def peer_of(ours: SpikEmo, tokens: int) -> SpikEmo:
             encoder.context = PeerContext(encoder.context)
     peer.encoders = PeerEncoders(encoders)
     for dswa in peer.dswa.values():
-        dswa.blocks = PeerBlocks(*(PeerBlock(block, tokens) for block in dswa.blocks.blocks))
+        dswa.blocks = PeerBlocks(*(PeerBlock(parts_of(block, tokens)) for block in dswa.blocks.blocks))
     return peer.to(next(ours.parameters()).device)
 
 

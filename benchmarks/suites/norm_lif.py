@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.measure import contender, peers_on
-from benchmarks.old_spikingjelly import NAME, old_lif
+from benchmarks.old_spikingjelly import NAME, old_contender
 from benchmarks.registry import Case, CaseMakers, Suite
 from benchmarks.suites import peers
 from spikeattn import ATan, norm_lif
@@ -40,7 +40,7 @@ def _case(T: int, rows: int, D: int, dtype: torch.dtype, device: str) -> Case:
         ours=contender("spikeattn", ours, x),
         peers={
             **peers_on(x, {new: lambda: after_norm(peers.spikingjelly_lif(TAU))}),
-            old: partial(old_lif, old, x, TAU, (weight, bias)),
+            old: partial(old_contender, old, x, tau=TAU, norm=(weight, bias)),
         },
         forward_bytes=2 * x.element_size() * x.numel(),
         training_bytes=5 * x.element_size() * x.numel(),

@@ -1,13 +1,13 @@
 """Latency of one more utterance: a step of a causal spiking transformer, against running the whole prefix again."""
 
-import copy
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from benchmarks.peer_block import PeerBlock
 from benchmarks.registry import Case, CaseMakers, Contender, Suite
-from benchmarks.suites.block import PeerBlock
+from benchmarks.suites.block import parts_of
 from spikeattn import SpikingTransformer
 
 T, WIDTH, HEADS, DEPTH = 32, 256, 8, 2
@@ -24,7 +24,7 @@ def _case(T: int, before: int, D: int, heads: int, device: str) -> Case:
     torch.manual_seed(0)
     x = torch.randn(1, before + 1, D, device=device).expand(T, 1, before + 1, D)  # every utterance at every step
     ours = SpikingTransformer(D, DEPTH, heads, is_causal=True).to(device).eval()
-    peer = nn.Sequential(*(PeerBlock(copy.deepcopy(block), before + 1) for block in ours.blocks)).to(device)
+    peer = nn.Sequential(*(PeerBlock(parts_of(block, before + 1)) for block in ours.blocks)).to(device)
     with torch.no_grad():
         _, state = ours.step(x[:, :, :before])
 
