@@ -80,7 +80,7 @@ def differentiable(
     class Eager(torch.autograd.Function):
         @staticmethod
         def forward(ctx, *inputs):  # with a setup_context, PyTorch would inspect a signature at each call
-            if run_eagerly and type(inputs[0]) in _PLAIN:
+            if run_eagerly and all(type(x) in _PLAIN for x in inputs if isinstance(x, Tensor)):
                 return run_eagerly(ctx, run, inputs)
             output = run(*inputs)
             save(ctx, inputs, output)

@@ -1,7 +1,8 @@
 """Sums, conversions and products of large tensors, on a CPU with results in memory that is used again.
 
 PyTorch gets fresh memory for them, and Linux fills it with zeros, which takes longer than they do. All have the bits of
-what they stand for, which is what runs wherever somebody has to see the operation.
+what they stand for, which is what runs for small tensors, other layouts and devices, and wherever somebody has to see
+the operation. Only, their results cannot be resized.
 """
 
 import torch
@@ -10,9 +11,16 @@ from torch.nn import functional
 
 from spikeattn._autograd import watched
 
+_LARGE = 1 << 20  # bytes of a result; the C library keeps smaller blocks
 
-def _recycles(*tensors: Tensor | None) -> bool:
-    return all(x is None or x.device.type == "cpu" for x in tensors) and not watched(tensors)
+
+def _recycles(numbers: int, *tensors: Tensor | None) -> bool:
+    """Whether a result of so many numbers, at least 16-bit ones, is made of these in memory that is used again."""
+    return (
+        2 * numbers >= _LARGE
+        and all(x is None or (x.device.type == "cpu" and x.is_floating_point() and x.is_contiguous()) for x in tensors)
+        and not watched(tensors)
+    )
 
 
 def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -36,11 +44,15 @@ class _Added(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, y: Tensor) -> Tensor:
         ctx.dtypes = x.dtype, y.dtype
-        return _empty(x.shape, torch.promote_types(x.dtype, y.dtype)).copy_(y).add_(x)
+        out = _empty(x.shape, torch.promote_types(x.dtype, y.dtype))
+        return torch.add(x, y, out=out) if x.dtype == y.dtype else out.copy_(y).add_(x)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
-        return converted(grad, ctx.dtypes[0]), converted(grad, ctx.dtypes[1])
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return tuple(
+            converted(grad, dtype) if need else None
+            for dtype, need in zip(ctx.dtypes, ctx.needs_input_grad, strict=True)
+        )
 
 
 class _Linear(torch.autograd.Function):
@@ -51,31 +63,35 @@ class _Linear(torch.autograd.Function):
         return torch.mm(x, weight.t(), out=y) if bias is None else torch.addmm(bias, x, weight.t(), out=y)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad
-        grad_x = torch.mm(grad, weight, out=_empty(x.shape, x.dtype)) if needs_x else None
+        if torch.is_grad_enabled() or watched((grad, x, weight)):  # to be differentiated again, or in batches
+            grad_x = grad @ weight
+        else:
+            grad_x = torch.mm(grad, weight, out=_empty(x.shape, x.dtype)) if needs_x else None
         return grad_x, grad.t() @ x if needs_weight else None, grad.sum(0) if needs_bias else None
 
 
 def converted(x: Tensor, dtype: torch.dtype) -> Tensor:
     """``x.to(dtype)``."""
-    return _Converted.apply(x, dtype) if x.dtype != dtype and _recycles(x) else x.to(dtype)
+    return _Converted.apply(x, dtype) if x.dtype != dtype and _recycles(x.numel(), x) else x.to(dtype)
 
 
 def added(x: Tensor, y: Tensor) -> Tensor:
     """``x + y``."""
-    return _Added.apply(x, y) if x.shape == y.shape and _recycles(x, y) else x + y
+    return _Added.apply(x, y) if x.shape == y.shape and _recycles(x.numel(), x, y) else x + y
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``torch.nn.functional.linear``, of float32 and float64 as it is there."""
-    device, dtype = x.device.type, x.dtype
-    if torch.is_autocast_enabled(device) and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
-    if dtype not in (torch.bfloat16, torch.float16) or not x.numel() or not _recycles(x, weight, bias):
+    if not x.shape[-1] or not _recycles(x.numel() // x.shape[-1] * weight.shape[0], x, weight, bias):
+        return functional.linear(x, weight, bias)
+    dtype = x.dtype
+    if torch.is_autocast_enabled("cpu") and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype("cpu")
+    if dtype not in (torch.bfloat16, torch.float16):
         return functional.linear(x, weight, bias)
     own_bias = None if bias is None else bias.to(dtype)
-    y = _Linear.apply(converted(x, dtype).reshape(-1, x.shape[-1]), weight.to(dtype), own_bias)
+    y = _Linear.apply(converted(x, dtype).view(-1, x.shape[-1]), weight.to(dtype), own_bias)
     return y.view(*x.shape[:-1], weight.shape[0])

@@ -40,7 +40,7 @@ class Pool:
         """``torch.empty`` on the CPU."""
         nbytes = math.prod(shape) * dtype.itemsize
         if nbytes < _SMALL:
-            return torch.empty(shape, dtype=dtype)
+            return torch.empty(shape, dtype=dtype, device="cpu")
         size = _rounded_up(nbytes)
         try:
             block = self._free[size].pop()
@@ -74,7 +74,7 @@ def _rounded_up(nbytes: int) -> int:
 
 def _new_block(size: int) -> np.ndarray:
     """Memory in huge pages, where Linux has any: one page fault for 2 MiB."""
-    block = torch.empty(size, dtype=torch.uint8).numpy()
+    block = torch.empty(size, dtype=torch.uint8, device="cpu").numpy()
     if size >= _HUGE_PAGE and sys.platform == "linux":
         first = -(-block.ctypes.data // mmap.PAGESIZE) * mmap.PAGESIZE
         advise = ctypes.CDLL(None).madvise

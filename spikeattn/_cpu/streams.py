@@ -1,7 +1,7 @@
 """Stores that pass the caches by, for results that no cache could keep until somebody reads them.
 
 A common store of a line reads the line from memory first: a third of what the LIF neuron moves. Passing by is faster
-only where stores and arithmetic take turns often (`CHUNK`), and what is read next is asked for early (`prefetch`).
+only where stores and arithmetic take turns often, and what is read next is asked for early (`prefetch`).
 """
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from spikeattn._cpu.compiler import inline
 
-CHUNK = 512  # elements
+CHUNK = 512  # elements of a turn, where arithmetic is short
 _LINE = 64  # bytes
 _LEAST = 16 << 20  # bytes of a result
 

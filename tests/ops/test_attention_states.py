@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from torch.testing._internal.two_tensor import TwoTensor
 
 from spikeattn import ATan, lif, spiking_attention
 from spikeattn.ops.spiking_attention import cpu_backward, op
+from spikeattn.ops.spiking_attention.layout import room_for_gradient
 
 
 @pytest.fixture(autouse=True)
@@ -108,3 +110,45 @@ def test_gradients_lie_in_memory_as_their_inputs(layout):
         qkv = [x.transpose(2, 3).contiguous().transpose(2, 3) for x in qkv]
     _, grads = attend(qkv, torch.randn(2, 2, 3, 70, 32))
     assert [grad.stride() for grad in grads] == [x.stride() for x in qkv]
+
+
+def gapped(x):
+    return torch.cat([x, x], dim=-1)[..., : x.shape[-1]].transpose(2, 3)
+
+
+@pytest.mark.parametrize("layout", ["heads of one projection", "channels outside"])
+def test_the_registered_backward_says_where_gradients_of_inputs_with_gaps_lie(layout):
+    qkv = [spikes(2, 2, 20, 3, 8) for _ in range(3)]
+    qkv = [gapped(x) if layout == "heads of one projection" else x.permute(0, 1, 4, 3, 2) for x in qkv]
+    qkv = [x.requires_grad_() for x in qkv]
+    scale, settings = torch.full((1, 1, 1, 1, 1), 0.125), (2.0, 0.5, 0.0, True, "atan", 2.0, "numba")
+    is_causal = layout == "heads of one projection"
+    arguments = (*qkv, scale, None, None, "output", "auto", is_causal, *settings)
+    torch.library.opcheck(torch.ops.spikeattn.spiking_attention_forward.default, arguments)
+    grad = torch.randn(qkv[0].shape)
+    detached = (grad, *(x.detach() for x in qkv), *arguments[3:])
+    torch.library.opcheck(torch.ops.spikeattn.spiking_attention_backward.default, detached)
+    eager = torch.autograd.grad(spiking_attention(*qkv, is_causal=is_causal, backend="numba"), qkv, grad)
+    plain = [x.detach().contiguous().requires_grad_() for x in qkv]
+    wanted = torch.autograd.grad(spiking_attention(*plain, is_causal=is_causal, backend="numba"), plain, grad)
+    assert all(map(torch.equal, eager, wanted))
+    assert [g.stride() for g in eager] == [room_for_gradient(x).stride() for x in qkv]
+
+
+def test_a_scale_that_is_a_view_of_its_negative_reaches_the_gradients():
+    qkv, weight = [spikes(3, 2, 2, 20, 8) for _ in range(3)], torch.randn(3, 2, 2, 20, 8)
+    scale = torch._neg_view(-torch.rand(2, 1, 20, 1))
+    results = []
+    for own_scale in (scale, scale.resolve_neg()):
+        own = [x.clone().requires_grad_() for x in qkv]
+        out = spiking_attention(*own, scale=own_scale, backend="numba")
+        results.append((out, *torch.autograd.grad((out * weight).sum(), own)))
+    assert all(map(torch.equal, *results))
+
+
+def test_a_tensor_of_another_class_beside_plain_ones_is_seen_by_it():
+    q, k, v = (spikes(3, 2, 2, 20, 8) for _ in range(3))
+    wanted = spiking_attention(q, k, v, backend="numba")
+    out = spiking_attention(q.requires_grad_(), TwoTensor(k, k.clone()), v, backend="numba")
+    assert isinstance(out, TwoTensor)
+    assert torch.equal(out.a, wanted)

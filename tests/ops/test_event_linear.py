@@ -157,10 +157,10 @@ def test_other_dtypes_and_autocast_are_torchs():
 @pytest.mark.parametrize("autocast", [True, False])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_16_bit_products_have_torchs_bits_in_memory_that_is_used_again(dtype, autocast, with_bias):
-    x, (weight, bias) = inputs("spikes", 600, 256).view(3, 200, 256), parameters(256, 130)
+    x, (weight, bias) = inputs("spikes", 6000, 256).view(30, 200, 256), parameters(256, 130)
     if not autocast:
         x, weight, bias = x.to(dtype), weight.to(dtype), bias.to(dtype)
-    grad = torch.randn(3, 200, 130).to(dtype)
+    grad = torch.randn(30, 200, 130).to(dtype)
     results = []
     for product in (event_linear, functional.linear):
         own = [y.clone().requires_grad_() for y in ((x, weight, bias) if with_bias else (x, weight))]

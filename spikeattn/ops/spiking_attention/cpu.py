@@ -17,12 +17,14 @@ from spikeattn.ops.spiking_attention.cpu_map import LONGEST, LONGEST_CAUSAL, map
 from spikeattn.ops.spiking_attention.cpu_state import state_kernel
 from spikeattn.ops.spiking_attention.layout import in_one_piece
 
-MOST_STATE_ROWS = 1 << 15  # T * E: 8 MiB of states for each thread
+# For each thread: T * E, 8 MiB of states, and twice that in the backward; T * L and T * S, 96 MiB of words.
+MOST_STATE_ROWS, MOST_TOKENS = 1 << 15, 1 << 22
 
 
 def takes(shape: Sequence[int], S: int, dtype: torch.dtype, scale: Tensor, fire: str | None, is_causal: bool) -> bool:
     """Whether the forward takes a call with queries of this shape and ``S`` keys."""
-    fits = shape[0] * shape[-1] <= MOST_STATE_ROWS
+    T, _, _, L, E = shape
+    fits = T * E <= MOST_STATE_ROWS and T * max(L, S) <= MOST_TOKENS
     if fire == "map":
         fits = (LONGEST_CAUSAL if is_causal else LONGEST) >= S
     return fits and are_taken(shape, dtype, scale)

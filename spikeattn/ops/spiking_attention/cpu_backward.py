@@ -39,7 +39,7 @@ from spikeattn._cpu.streams import prefetch
 from spikeattn._cpu.threads import spread
 from spikeattn._cpu.vectors import ROWS, TILE, multiply, multiply_row, row_of
 from spikeattn._leak import has_exact_reciprocal
-from spikeattn.ops.spiking_attention.cpu import MOST_STATE_ROWS
+from spikeattn.ops.spiking_attention.cpu import MOST_STATE_ROWS, MOST_TOKENS
 from spikeattn.ops.spiking_attention.cpu_inputs import (
     INPUTS,
     Spikes,
@@ -51,7 +51,7 @@ from spikeattn.ops.spiking_attention.cpu_inputs import (
     tensor_arguments,
 )
 from spikeattn.ops.spiking_attention.cpu_state import TOKENS
-from spikeattn.ops.spiking_attention.layout import in_one_piece, rows_in_one_piece, strides_of_gradient
+from spikeattn.ops.spiking_attention.layout import in_one_piece, rows_in_one_piece
 from spikeattn.ops.surrogate import Surrogate
 
 _MOST_GRADIENTS = 1 << 24  # T * L * E: 64 MiB for each thread
@@ -66,10 +66,10 @@ _BACKWARD = Frame(
 _record = _BACKWARD.record
 
 
-def takes_backward(shape: Sequence[int], dtype: torch.dtype, scale: Tensor, fire: str | None) -> bool:
-    """Whether the kernel takes a call with such queries."""
+def takes_backward(shape: Sequence[int], S: int, dtype: torch.dtype, scale: Tensor, fire: str | None) -> bool:
+    """Whether the kernel takes a call with queries of this shape and ``S`` keys."""
     T, _, _, L, E = shape
-    fits = T * E <= MOST_STATE_ROWS and T * L * E <= _MOST_GRADIENTS
+    fits = T * E <= MOST_STATE_ROWS and T * max(L, S) <= MOST_TOKENS and T * L * E <= _MOST_GRADIENTS
     return fire != "map" and fits and are_taken(shape, dtype, scale)
 
 
@@ -118,7 +118,8 @@ def backward_kernel(storage: torch.dtype, fires: bool, divides: bool, hard_reset
         tiles = allocate((2 * T + 4) * E + TOKENS + ROWS + 2, TILE)
         states, states_T, squares = tiles[: T * E], tiles[T * E : 2 * T * E], tiles[2 * T * E :]  # K^T V, and V^T K
         total, total_T, part, part_T = squares[:E], squares[E : 2 * E], squares[2 * E : 3 * E], squares[3 * E : 4 * E]
-        sums, zeros, products = squares[4 * E :], squares[4 * E + 1 :], squares[4 * E + 2 :]
+        lines = squares[4 * E :]
+        sums, zeros, products = lines[0:1], lines[1:2], lines[2:]
         # Of `TOKENS` tokens, one after another; with room for what is written beyond the last.
         rows = allocate(T + 5, TOKENS * E + TILE)
         h_seq, carries, slopes, currents, grads = rows[:T], rows[T], rows[T + 1], rows[T + 2], rows[T + 3]
@@ -236,6 +237,7 @@ def backward_kernel(storage: torch.dtype, fires: bool, divides: bool, hard_reset
 def spiking_attention_backward_cpu(
     grad: Tensor,
     spikes: Spikes,
+    steps: Sequence[tuple[int, ...]],
     scale: Tensor,
     query_padding_mask: Tensor | None,
     key_padding_mask: Tensor | None,
@@ -247,12 +249,12 @@ def spiking_attention_backward_cpu(
     detach_reset: bool,
     surrogate: Surrogate,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v, each with their strides."""
+    """Gradients of q, k and v with the strides ``steps``."""
     dtype = spikes.q.dtype
     grad = rows_in_one_piece(grad.to(dtype))
     masks = in_one_piece(query_padding_mask), in_one_piece(key_padding_mask)
     grad_q, grad_k, grad_v = (
-        empty((x.shape.numel(),), dtype).as_strided(x.shape, strides_of_gradient(x)) for x in spikes
+        empty((x.shape.numel(),), dtype).as_strided(x.shape, own) for x, own in zip(spikes, steps, strict=True)
     )
     plan = (dtype, fire == "output", not has_exact_reciprocal(tau), v_reset is not None, detach_reset)
     spread(

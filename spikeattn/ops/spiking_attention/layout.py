@@ -24,6 +24,12 @@ def strides(x: "Tensor | Packed") -> list[int]:
     return [0 if size == 1 else stride for size, stride in zip(x.shape[:4], x.stride()[:4], strict=True)]
 
 
-def strides_of_gradient(x: "Tensor | Packed") -> tuple[int, ...]:
-    """Strides of the gradient of ``x``: those of ``x``, where it is in one piece."""
-    return torch.empty_like(torch.empty_strided(x.shape, x.stride(), device="meta")).stride()
+def room_for_gradient(x: Tensor, device: torch.device | str | None = None) -> Tensor:
+    """Memory for the gradient of ``x``, laid out as ``x`` if that is in one piece, its channels side by side."""
+    room = torch.empty_like(x, device=device)
+    return room if room.stride(-1) == 1 else torch.empty_like(x, device=device, memory_format=torch.contiguous_format)
+
+
+def steps_of_gradients(*tensors: Tensor) -> list[tuple[int, ...]]:
+    """Strides of the gradient of each."""
+    return [room_for_gradient(x, "meta").stride() for x in tensors]

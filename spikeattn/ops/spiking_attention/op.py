@@ -12,6 +12,7 @@ from spikeattn._autograd import differentiable, direct, watched
 from spikeattn._backends import Backend, resolve_backend, say_once
 from spikeattn.ops.lif.op import lif_backward, lif_forward, lif_kernels_take
 from spikeattn.ops.lif.reference import state_dtype
+from spikeattn.ops.spiking_attention.layout import room_for_gradient, steps_of_gradients
 from spikeattn.ops.spiking_attention.reference import (
     Fire,
     Neuron,
@@ -266,16 +267,17 @@ def spiking_attention_backward(
     alpha: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return ``(grad_q, grad_k, grad_v)``, each with the strides of its input, if that is in one piece."""
+    """Return ``(grad_q, grad_k, grad_v)``, each laid out as its input, if that is in one piece."""
     if not (q.numel() and k.numel()):
-        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        grad_q, grad_k, grad_v = (room_for_gradient(x).zero_() for x in (q, k, v))
+        return grad_q, grad_k, grad_v
     if backend == "numba":
         from spikeattn.ops.spiking_attention import cpu_backward
         from spikeattn.ops.spiking_attention.cpu_inputs import spikes_of
 
-        if cpu_backward.takes_backward(q.shape, q.dtype, scale, fire) and (spikes := spikes_of(q, k, v)):
+        if cpu_backward.takes_backward(q.shape, k.shape[3], q.dtype, scale, fire) and (spikes := spikes_of(q, k, v)):
             return cpu_backward.spiking_attention_backward_cpu(
-                grad, spikes, scale, query_padding_mask, key_padding_mask,
+                grad, spikes, steps_of_gradients(q, k, v), scale, query_padding_mask, key_padding_mask,
                 fire, is_causal, tau, v_threshold, v_reset, detach_reset, surrogate_of(surrogate, alpha),
             )  # fmt: skip
     masks = (query_padding_mask, key_padding_mask, key_padding_mask)
@@ -298,7 +300,7 @@ def spiking_attention_backward(
             neuron = _neuron(q, tau, v_threshold, v_reset, detach_reset, surrogate, alpha, backend)
             grads = attend_backward(grad.to(dtype), own_q, own_k, own_v, scale, fire, order, is_causal, neuron)
     own = (masked(g, mask) for g, mask in zip(grads, masks, strict=True))
-    grad_q, grad_k, grad_v = (torch.empty_like(x).copy_(g) for g, x in zip(own, (q, k, v), strict=True))
+    grad_q, grad_k, grad_v = (room_for_gradient(x).copy_(g) for g, x in zip(own, (q, k, v), strict=True))
     return grad_q, grad_k, grad_v
 
 
@@ -307,7 +309,7 @@ def _(
     grad, q, k, v, scale, query_padding_mask, key_padding_mask,
     fire, order, is_causal, tau, v_threshold, v_reset, detach_reset, surrogate, alpha, backend,
 ):  # fmt: skip
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    return room_for_gradient(q), room_for_gradient(k), room_for_gradient(v)
 
 
 def _save(ctx, inputs, output) -> None:
@@ -336,7 +338,7 @@ def _run_eagerly(ctx, run, inputs) -> Tensor:
         )
     else:
         out = run(*inputs)
-    ctx.settings, ctx.layouts = settings, [x[1:] for x in spikes]
+    ctx.settings, ctx.layouts, ctx.steps = settings, [x[1:] for x in spikes], steps_of_gradients(q, k, v)
     ctx.save_for_backward(*(x.bits for x in spikes), scale, query_padding_mask, key_padding_mask)
     return out
 
@@ -363,11 +365,12 @@ def _backward_of_bits(
 
     spikes = Spikes(*(Packed(bits, *layout) for bits, layout in zip(kept, ctx.layouts, strict=True)))
     fire, _, is_causal, tau, v_threshold, v_reset, detach_reset, surrogate, alpha, _ = ctx.settings
-    q = spikes.q
+    q, k, _ = spikes
     twice = torch.is_grad_enabled()  # the registered operation says that it has no second derivative
-    if cpu_backward.takes_backward(q.shape, q.dtype, inputs[0], fire) and not (twice or watched((grad,))):
+    takes = cpu_backward.takes_backward(q.shape, k.shape[3], q.dtype, inputs[0], fire)
+    if takes and not (twice or watched((grad, *inputs))):
         return cpu_backward.spiking_attention_backward_cpu(
-            grad, spikes, *inputs,
+            grad, spikes, ctx.steps, *inputs,
             fire, is_causal, tau, v_threshold, v_reset, detach_reset, surrogate_of(surrogate, alpha),
         )  # fmt: skip
     # Whether they want a gradient is what counters of operations ask.
