@@ -156,7 +156,7 @@ def test_other_dtypes_and_autocast_are_torchs():
 @pytest.mark.parametrize("with_bias", [True, False])
 @pytest.mark.parametrize("autocast", [True, False])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_16_bit_products_have_torchs_bits_in_memory_that_is_used_again(dtype, autocast, with_bias):
+def test_16_bit_products_have_torchs_bits(dtype, autocast, with_bias):
     x, (weight, bias) = inputs("spikes", 6000, 256).view(30, 200, 256), parameters(256, 130)
     if not autocast:
         x, weight, bias = x.to(dtype), weight.to(dtype), bias.to(dtype)
@@ -168,9 +168,6 @@ def test_16_bit_products_have_torchs_bits_in_memory_that_is_used_again(dtype, au
             y = product(*own)
         results.append((y.detach().clone(), *torch.autograd.grad(y, own, grad)))
     assert all(got.dtype == want.dtype and torch.equal(got, want) for got, want in zip(*results, strict=True))
-    with torch.autocast("cpu", dtype, enabled=autocast), torch.no_grad():
-        first = event_linear(x, weight).data_ptr()
-        assert event_linear(x, weight).data_ptr() == first
 
 
 def test_nan_and_infinity_of_an_input_arrive():

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.nn import functional
 
+from spikeattn import _recycled
 from spikeattn._cpu.memory import empty
 from spikeattn._recycled import added, converted, linear
 
@@ -33,11 +34,23 @@ def test_conversions_and_sums_are_torchs(of, to):
     assert_same(with_gradients(added, x, y[:1]), with_gradients(torch.add, x, y[:1]))
 
 
-def test_results_are_in_memory_that_is_used_again():
-    x = torch.randn(800, 800)
-    for run in (lambda: converted(x, torch.bfloat16), lambda: added(x, x)):
-        first = run().data_ptr()
-        assert run().data_ptr() == first
+def test_results_are_in_memory_that_is_used_again(monkeypatch):
+    lent = []
+
+    def lend(shape, dtype):
+        lent.append(empty(shape, dtype))
+        return lent[-1]
+
+    monkeypatch.setattr(_recycled, "_empty", lend)
+    x, weight = torch.randn(2000, 64), torch.randn(300, 64)
+    low = converted(torch.randn(800, 800), torch.bfloat16)
+    assert low.data_ptr() == lent.pop().data_ptr()
+    assert added(low, low).data_ptr() == lent.pop().data_ptr()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert linear(x, weight, None).data_ptr() == lent.pop().data_ptr()
+    small = torch.randn(10, 10)
+    added(small, small)
+    assert not lent
 
 
 def test_they_compile_to_one_graph():
