@@ -5,6 +5,7 @@ import threading
 import pytest
 import torch
 from cases import currents
+from torch.utils import _python_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import spikeattn
@@ -58,7 +59,10 @@ def test_a_plain_call_is_direct_and_a_watched_one_is_not(called):
     assert "direct" not in ways
 
 
-def test_a_mode_is_seen_whatever_other_threads_do():
+def test_a_mode_is_seen_whatever_other_threads_do(monkeypatch):
+    # PyTorch keeps flags for the whole process, and modes that overlap leave them set: put back after the test.
+    for flag in [name for name in vars(_python_dispatch) if name.startswith("_is_in_")]:
+        monkeypatch.setattr(_python_dispatch, flag, getattr(_python_dispatch, flag))
     inside, left = threading.Event(), threading.Event()
 
     def other():
