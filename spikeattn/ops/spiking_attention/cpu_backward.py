@@ -50,7 +50,7 @@ from spikeattn.ops.spiking_attention.cpu_inputs import (
     open_inputs,
     tensor_arguments,
 )
-from spikeattn.ops.spiking_attention.cpu_state import TOKENS
+from spikeattn.ops.spiking_attention.cpu_state import TOKENS, sum_currents
 from spikeattn.ops.spiking_attention.layout import in_one_piece, rows_in_one_piece
 from spikeattn.ops.surrogate import Surrogate
 
@@ -80,14 +80,19 @@ def _scale_row(row, scale, out):
 
 
 @inline
-def _add_square(square, total, total_T, size):
-    """``total += square``, and ``total_T`` its transpose."""
+def _add_square(square, total, size):
+    """``total += square``."""
     for e in range(size):
         own, row = square[e, :size], total[e, :size]
         for f in range(size):
             row[f] += own[f]
+
+
+@inline
+def _transpose(square, out, size):
+    """``out[f, e] = square[e, f]``."""
     for f in range(size):
-        row, column = total_T[f, :size], total[:size, f]
+        row, column = out[f, :size], square[:size, f]
         for e in range(size):
             row[e] = column[e]
 
@@ -146,12 +151,10 @@ def backward_kernel(storage: torch.dtype, fires: bool, divides: bool, hard_reset
                     if fires:
                         carries[:] = v_rest  # first the potentials, then their gradients
                         for t in range(T):
-                            state = row_of(states, t * E)
-                            for i in range(begin, begin + n):
-                                if is_causal:
-                                    add_bits(state, keys[t, i], E, values[t, i])
-                                own = currents.ctypes.data + (i - begin) * E * currents.itemsize
-                                sum_rows(state, queries[t, i], E, row_of(zeros, 0), scale[scale_at + i * p.scaleL], own)
+                            sum_currents(
+                                row_of(states, t * E), queries[t], keys[t], values[t], begin, n, E, is_causal,
+                                scale, scale_at, p.scaleL, zeros, currents,
+                            )  # fmt: skip
                             step_row(
                                 currents[: n * E], carries[: n * E], h_seq[t, : n * E], tau, v_threshold, v_rest,
                                 True, divides, hard_reset, False,
@@ -216,7 +219,9 @@ def backward_kernel(storage: torch.dtype, fires: bool, divides: bool, hard_reset
                                 _add_up(total, part, keys[t, i], E, zeros, sums)
                                 at = v_at + i * p.grad_vL
                                 copy_row(grad_v[at : at + E], own_row, buffer)
-                        _add_square(part, total, total_T, E)
+                        _add_square(part, total, E)
+                        if is_causal or begin == 0:  # else nobody reads it before the last part
+                            _transpose(total, total_T, E)
                     if not is_causal:
                         for j in range(S):
                             sum_rows(row_of(total_T, 0), values[t, j], E, row_of(zeros, 0), F(1.0), row_of(sums, 0))

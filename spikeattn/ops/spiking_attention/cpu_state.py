@@ -9,7 +9,17 @@ from functools import cache
 import numba
 import torch
 
-from spikeattn._cpu.compiler import SOURCES, Frame, Kernel, allocate, allocate_words, memory, next_blocks, release
+from spikeattn._cpu.compiler import (
+    SOURCES,
+    Frame,
+    Kernel,
+    allocate,
+    allocate_words,
+    inline,
+    memory,
+    next_blocks,
+    release,
+)
 from spikeattn._cpu.neuron import F, step_row
 from spikeattn._cpu.states import add_bits, sum_rows
 from spikeattn._cpu.storage import ELEMENT, copy_row
@@ -21,6 +31,19 @@ TOKENS = 16
 
 _FRAME = Frame(f"{INPUTS} out", "tau v_threshold v_rest")
 _record = _FRAME.record
+
+
+@inline
+def sum_currents(state, queries, keys, values, begin, n, E, is_causal, scale, scale_at, scale_step, zeros, currents):
+    """Currents of the ``n`` tokens from ``begin`` on, one after another; if causal, each joins the state before.
+
+    The scale of token i is ``scale[scale_at + i * scale_step]``.
+    """
+    for i in range(begin, begin + n):
+        if is_causal:
+            add_bits(state, keys[i], E, values[i])
+        own = currents.ctypes.data + (i - begin) * E * currents.itemsize
+        sum_rows(state, queries[i], E, row_of(zeros, 0), scale[scale_at + i * scale_step], own)
 
 
 @cache
@@ -58,12 +81,10 @@ def state_kernel(storage: torch.dtype, fires: bool, divides: bool, hard_reset: b
                     n = min(TOKENS, L - begin)
                     potentials[:] = v_rest
                     for t in range(T):
-                        state = row_of(states, t * E)
-                        for i in range(begin, begin + n):
-                            if is_causal:
-                                add_bits(state, keys[t, i], E, values[t, i])
-                            own = currents.ctypes.data + (i - begin) * E * currents.itemsize
-                            sum_rows(state, queries[t, i], E, row_of(zeros, 0), scale[scale_at + i * p.scaleL], own)
+                        sum_currents(
+                            row_of(states, t * E), queries[t], keys[t], values[t], begin, n, E, is_causal,
+                            scale, scale_at, p.scaleL, zeros, currents,
+                        )  # fmt: skip
                         if fires:
                             step_row(
                                 currents[: n * E], potentials[: n * E], spikes, tau, v_threshold, v_rest,
