@@ -137,10 +137,14 @@ def _rules(kind: type) -> Rules:
         for operation, count in ((forward, _count_forward), (backward, _count_backward)):
             overload = operation._opoverload
             rules[overload] = _rule(overload, twin, count, kind)
+    aten, known = torch.ops.aten, kind().rules
     # What a scale of attention is made of: free, and so it stays in a mode that refuses what has no rule.
-    full = torch.ops.aten.full.default
-    if full not in kind().rules:
-        rules[full] = lambda args, kwargs, out: 0
+    if aten.full.default not in known:
+        rules[aten.full.default] = lambda args, kwargs, out: 0
+    # Products that are written to a given place, which spikingjelly's rules pass over.
+    for placed, product in ((aten.baddbmm_.default, aten.baddbmm.default), (aten.bmm.out, aten.bmm.default)):
+        if product in known and placed not in known:
+            rules[placed] = known[product]
     return rules
 
 

@@ -209,6 +209,18 @@ def test_attention_without_neurons_counts_its_products(kind, extra):
     assert ours.get_total() == theirs.get_total()
 
 
+@every_counter
+def test_products_in_given_memory_count_like_others(kind, extra):
+    x, y, bias = (torch.rand(2, 3, 4) < 0.5).float(), torch.rand(2, 4, 5), torch.rand(2, 3, 5)
+    ours, theirs = kind(extra_rules=extra()), kind()
+    with op_counter.DispatchCounterMode([theirs]):
+        wanted = torch.baddbmm(bias, x, y), torch.bmm(x, y)
+    with op_counter.DispatchCounterMode([ours]):
+        got = bias.baddbmm_(x, y), torch.bmm(x, y, out=torch.empty(2, 3, 5))
+    assert torch.equal(torch.stack(got), torch.stack(wanted))
+    assert ours.get_total() == theirs.get_total()
+
+
 @pytest.mark.parametrize("kind", [op_counter.FlopCounter, op_counter.ACCounter, op_counter.SynOpCounter])
 @pytest.mark.parametrize("backward", [False, True])
 @pytest.mark.parametrize("stateful", [True, False])
