@@ -9,7 +9,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from spikemo_model.config import Context, ModalityConfig
-from spikemo_model.recurrent import RepeatedProduct
+from spikemo_model.dialogue_states import dialogue_states
+from spikemo_model.recurrent import gru
 
 
 class DialogueCell(nn.Module):
@@ -49,22 +50,22 @@ class DialogueCell(nn.Module):
 class DialogueState(NamedTuple):
     """Where M cells stand in B dialogues: states g and e [M, B, D] and p [M, B, parties, D], and the running softmax.
 
-    The softmax of the scores so far is ``weighted / total``, both relative to ``exp(highest)``.
+    That is the last context [M, B, D], and the logarithm of the sum of the exponentials of all scores [M, B, 1].
     """
 
     g: Tensor
     e: Tensor
     p: Tensor
-    weighted: Tensor
-    total: Tensor
-    highest: Tensor
+    context: Tensor
+    logsumexp: Tensor
 
     @classmethod
-    def start(cls, u: Tensor) -> "DialogueState":
+    def start(cls, u: Tensor, dtype: torch.dtype) -> "DialogueState":
         """Before the first utterance of ``u`` [M, B, L, D]."""
         M, B, _, D = u.shape
-        g, e, weighted = (u.new_zeros(M, B, D) for _ in range(3))
-        return cls(g, e, u.new_zeros(M, B, 0, D), weighted, u.new_zeros(M, B, 1), u.new_full((M, B, 1), -torch.inf))
+        g, e, context = (u.new_zeros(M, B, D, dtype=dtype) for _ in range(3))
+        p, logsumexp = u.new_zeros(M, B, 0, D, dtype=dtype), u.new_full((M, B, 1), -torch.inf, dtype=dtype)
+        return cls(g, e, p, context, logsumexp)
 
 
 def advance(
@@ -80,62 +81,24 @@ def advance(
     Also returned is where they stand after the last one, from which another call with ``state`` goes on. ``parties`` is
     more than the largest index of a speaker; None looks it up.
 
-    What needs no state, the cells' products with ``u``, is one product for all utterances. The emotion states, which
-    nothing else depends on, follow the others.
+    The emotion states, which nothing else depends on, follow the others.
     """
-    M, B, L, D = u.shape
-    g, e, p, weighted, total, highest = DialogueState.start(u) if state is None else state
+    dtype = torch.promote_types(u.dtype, cells[0].attention.weight.dtype)  # under autocast that of u alone is smaller
+    g, e, p, context, logsumexp = DialogueState.start(u, dtype) if state is None else state
     parties = max(int(speakers.max()) + 1 if parties is None else parties, p.shape[2])
     p = nn.functional.pad(p, (0, 0, 0, parties - p.shape[2]))  # who has not spoken yet stands at 0
-    speaking = (speakers[..., None] == torch.arange(parties, device=u.device)).unsqueeze(-1)  # [M, B, L, P, 1]
 
-    def stacked(name: str) -> Tensor:
-        return torch.stack([attrgetter(name)(cell) for cell in cells])
+    def stacked(*names: str) -> list[Tensor]:
+        parts = attrgetter("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+        of_each = (parts(getattr(cell, name)) for cell in cells for name in names)
+        return [torch.stack(part) for part in zip(*of_each, strict=True)]
 
-    def of_all(x: Tensor, weight: Tensor, bias: Tensor) -> Sequence[Tensor]:
-        """``x`` [M, B, L, D] times ``weight`` [M, D, E], plus ``bias`` [M, E], by utterance [M, B, E]."""
-        product = torch.baddbmm(bias.unsqueeze(1), x.flatten(1, 2), weight)
-        return product.view(M, B, L, -1).unbind(2)  # one gradient for all: an index would fill one of zeros a step
-
-    g_of_u, g_of_own = stacked("g_cell.weight_ih").mT.split(D, dim=1)  # each [M, D, 3 D]
-    p_of_u, p_of_context = stacked("p_cell.weight_ih").mT.split(D, dim=1)
-    bias = torch.cat([stacked("g_cell.bias_ih"), stacked("p_cell.bias_ih")], dim=1)
-    from_u = of_all(u, torch.cat([g_of_u, p_of_u], dim=2), bias)
-    from_own = RepeatedProduct(torch.cat([g_of_own, stacked("p_cell.weight_hh").mT], dim=2), L, B)
-    from_g = RepeatedProduct(stacked("g_cell.weight_hh").mT, L, B)
-    from_context = RepeatedProduct(p_of_context, L, B)
-    g_bias, p_bias, e_bias = (stacked(f"{name}_cell.bias_hh").unsqueeze(1) for name in "gpe")
-    attention = stacked("attention.weight").mT
-
-    context = weighted / total if state is not None else weighted
-    spoken, states = [], []
-    for t in range(L):
-        own = p.gather(2, speakers[:, :, t, None, None].expand(M, B, 1, D)).squeeze(2)
-        g_from_u, p_from_u = from_u[t].split(3 * D, dim=-1)
-        g_from_own, p_from_own = from_own(own).split(3 * D, dim=-1)
-        g = _gru(g_from_u + g_from_own, from_g(g) + g_bias, g)
-        after = _gru(p_from_u + from_context(context), p_from_own + p_bias, own)
-        own = torch.where(mask[:, :, t, None], after, own)
-        p = torch.where(speaking[:, :, t], own.unsqueeze(2), p)
-        spoken.append(own)
-        score = torch.bmm(g, attention)
-        above = torch.maximum(highest, score)
-        fade, weight = torch.exp(highest - above), torch.exp(score - above)
-        weighted, total, highest = weighted * fade + weight * g, total * fade + weight, above
-        context = weighted / total
-    from_e = RepeatedProduct(stacked("e_cell.weight_hh").mT, L, B)
-    for from_spoken in of_all(torch.stack(spoken, 2), stacked("e_cell.weight_ih").mT, stacked("e_cell.bias_ih")):
-        e = _gru(from_spoken, from_e(e) + e_bias, e)
-        states.append(e)
-    return torch.stack(states, 2), DialogueState(g, e, p, weighted, total, highest)
-
-
-def _gru(from_input: Tensor, from_state: Tensor, state: Tensor) -> Tensor:
-    """A step of a GRU of its products [..., 3 D] with input and state, biases included (torch.nn.GRUCell)."""
-    D = state.shape[-1]
-    reset, update = torch.sigmoid(from_input[..., : 2 * D] + from_state[..., : 2 * D]).chunk(2, dim=-1)
-    new = torch.tanh(from_input[..., 2 * D :] + reset * from_state[..., 2 * D :])
-    return new + update * (state - new)
+    attention = torch.cat([cell.attention.weight for cell in cells])
+    before = (p, g, context, logsumexp)
+    spoken, *after = dialogue_states(u, speakers, mask, before, stacked("p_cell", "g_cell"), attention)
+    p, g, context, logsumexp = after
+    states = gru(spoken, e, *stacked("e_cell"))
+    return states, DialogueState(g, states[:, :, -1], p, context, logsumexp)
 
 
 class DialogueRNN(nn.Module):

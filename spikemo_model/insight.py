@@ -240,8 +240,9 @@ def costs(model: SpikEmo, batch: DialogueBatch) -> Costs:
     """Count what DSWA costs with its neurons and with ReLU (`with_relu`), in one pass on ``batch`` each.
 
     By spikingjelly's ``SimpleEnergyProfiler`` with our rules and its prices (45 nm, 32-bit floats). A product is an
-    addition where one factor is a spike, so 0 or 1, and costs nothing where that is 0. Divisions, LayerNorm, softmax
-    and exponentials are not counted; memory is counted in DSWA alone, where every weight belongs to a Linear.
+    addition where one factor is a spike, so 0 or 1, and costs nothing where that is 0. Divisions, LayerNorm, softmax,
+    exponentials and what GRUs do between their products are not counted; memory is counted in DSWA alone, where every
+    weight belongs to a Linear.
 
     Args:
         model: In eval mode, with DSWA.

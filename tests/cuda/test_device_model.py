@@ -6,6 +6,7 @@ from model_helpers import random_batch, small_config
 
 from spikemo_model import SpikEmo
 from spikemo_model.config import DSWAConfig, ModalityConfig, Preset, SpikEmoConfig, compact
+from spikemo_model.context import DialogueCell, advance
 from spikemo_model.data import synthetic_corpus
 from spikemo_model.graphs import GraphedSpikEmo, rounded
 from spikemo_model.model import SpikEmoOutput
@@ -27,6 +28,22 @@ def test_a_device_gives_what_the_definition_gives_in_float64():
     wanted = model(batch).logits
     got = model.cuda()(batch.to("cuda")).logits
     torch.testing.assert_close(got.cpu(), wanted)
+
+
+@pytest.mark.parametrize(("low", "tolerance"), [(False, 1e-4), (True, 0.05)])
+def test_recurrences_on_a_device_are_those_of_a_cpu(low, tolerance):
+    cells = torch.nn.ModuleList(DialogueCell(64) for _ in range(3))
+    u, speakers = torch.randn(3, 5, 9, 64), torch.randint(0, 3, (3, 5, 9))
+    mask = (torch.arange(9) < torch.tensor([9, 7, 1, 4, 9])[:, None]).expand(3, 5, 9)
+    results = []
+    for device in ("cpu", "cuda"):
+        cells.to(device).zero_grad()
+        with torch.autocast(device, torch.bfloat16, enabled=low and device == "cuda"):
+            states, _ = advance(list(cells), u.to(device), speakers.to(device), mask.to(device))
+        states.square().sum().backward()
+        results.append([states.detach().cpu(), *(p.grad.cpu().clone() for p in cells.parameters())])
+    for wanted, got in zip(*results, strict=True):
+        assert (got - wanted).norm() < tolerance * wanted.norm()
 
 
 def test_graphs_replay_the_model_and_its_gradients():
