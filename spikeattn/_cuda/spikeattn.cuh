@@ -99,8 +99,23 @@ __device__ inline void store(T* to, const float* from)
 
 // ---- surrogates ----
 // The formulas of ops/surrogate.py in its order of operations; a and b are constants of alpha, made on the host in
-// double. A number divided by a tensor is in PyTorch that number times the reciprocal, which __frcp_rn rounds as a
-// division does, in fewer instructions.
+// double. A number divided by a tensor is in PyTorch that number times the reciprocal, which takes fewer instructions.
+
+// 1 / x, rounded as a division. Without a branch, x must be at least 2^-126 and a result below that is zero: what
+// __frcp_rn computes of such numbers, but nothing has to wait until it is known that this is one.
+template <bool branch>
+__device__ inline float reciprocal(float x)
+{
+#if !defined(SPK_HOSTSIM) && __CUDA_ARCH__ >= 800
+    if (!branch) {
+        float y;
+        asm("min.NaN.f32 %0, %0, 0f7F7FFFFF;" : "+f"(x));  // of infinity the error below would be no number
+        asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+        return __fmaf_rn(y, __fmaf_rn(-x, y, 1.0f), y);
+    }
+#endif
+    return __frcp_rn(x);
+}
 
 enum Surrogate { SIGMOID, ATAN, PIECEWISE_QUADRATIC, PIECEWISE_EXP, SOFT_SIGN, SUPER_SPIKE, ERF, RECT, CUSTOM };
 
@@ -110,16 +125,17 @@ __device__ inline float custom_derivative(float x)
     return SPK_CUSTOM_DERIVATIVE;
 }
 
+template <bool branch>
 __device__ inline float derivative(float x, float a, float b)
 {
     switch (kSurrogate) {
         case SIGMOID: {
-            const float s = __frcp_rn(__fadd_rn(1.0f, expf(-__fmul_rn(a, x))));
+            const float s = reciprocal<branch>(__fadd_rn(1.0f, expf(-__fmul_rn(a, x))));
             return __fmul_rn(__fmul_rn(__fsub_rn(1.0f, s), s), b);
         }
         case ATAN: {
             const float z = __fmul_rn(x, a);
-            return __fmul_rn(__frcp_rn(__fadd_rn(1.0f, __fmul_rn(z, z))), b);
+            return __fmul_rn(reciprocal<branch>(__fadd_rn(1.0f, __fmul_rn(z, z))), b);
         }
         case PIECEWISE_QUADRATIC: {
             const float y = __fsub_rn(b, __fmul_rn(a, fabsf(x)));
@@ -128,11 +144,11 @@ __device__ inline float derivative(float x, float a, float b)
         case PIECEWISE_EXP: return __fmul_rn(b, expf(__fmul_rn(a, fabsf(x))));
         case SOFT_SIGN: {
             const float z = __fadd_rn(a, fabsf(x));
-            return __frcp_rn(__fmul_rn(__fmul_rn(b, z), z));
+            return reciprocal<branch>(__fmul_rn(__fmul_rn(b, z), z));
         }
         case SUPER_SPIKE: {
             const float z = __fadd_rn(1.0f, fabsf(x));
-            return __fmul_rn(__frcp_rn(__fmul_rn(z, z)), b);
+            return __fmul_rn(reciprocal<branch>(__fmul_rn(z, z)), b);
         }
         case ERF: {
             const float z = __fmul_rn(a, x);
@@ -171,10 +187,11 @@ struct Neuron {
         return __fmaf_rn(0.0f, h, v_reset);  // S v_reset + (1 - S) H: NaN if H is infinite, as in the reference
     }
 
-    // dL/dH[t] of dL/dS[t] and dL/dV[t] = carry.
+    // dL/dH[t] of dL/dS[t] and dL/dV[t] = carry. Without a branch many neurons go through at once, in more registers.
+    template <bool branch = true>
     __device__ float grad_h(float grad_s, float carry, float h) const
     {
-        const float sg = derivative(__fsub_rn(h, v_threshold), a, b);
+        const float sg = derivative<branch>(__fsub_rn(h, v_threshold), a, b);
         if (!kHardReset) {
             if (!kDetachReset) grad_s = __fsub_rn(grad_s, __fmul_rn(carry, v_threshold));
             return __fadd_rn(__fmul_rn(grad_s, sg), carry);
