@@ -10,6 +10,7 @@ from spikeattn._leak import has_exact_reciprocal
 Constants = tuple[tuple[str, int], ...]  # what a program is compiled with, by name
 
 STORAGE = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
+ELEMENT_BYTES = {"f32": 4, "f16": 2, "bf16": 2}
 
 # The enum of spikeattn.cuh. Whoever brings a derivative of his own has "custom".
 SURROGATES = ("sigmoid", "atan", "piecewise_quadratic", "piecewise_exp", "soft_sign", "super_spike", "erf", "rect")

@@ -10,7 +10,7 @@
 #define HOSTSIM_CONSTANTS(each)                                                                               \
     each(kVector) each(kSteps) each(kPacked) each(kStatic) each(kTensorTau) each(kDecayInput) each(kHardReset) \
         each(kDetachReset) each(kDivide) each(kSurrogate) each(kVSeq) each(kThreads) each(kElements) \
-        each(kBatch) each(kContiguous) each(kFull) each(kScalarV0) \
+        each(kWhole) each(kInside) each(kBlocks) each(kScalarV0) \
         each(kWords) each(kRows) each(kGroups) each(kTransposed) each(kStateFirst) each(kCausal) each(kFires)
 
 #define DECLARE(name) static int name;

@@ -58,8 +58,9 @@ def _lif(arch: str, dtype: torch.dtype, T: int, forward: bool = True, tensor_tau
 
 
 def _norm_lif(arch: str, dtype: torch.dtype, D: int):
-    x, v0, weight, mask = _empty(32, 528, D, dtype=dtype), _empty(528, D), _empty(D), _empty(528, dtype=torch.bool)
-    mean, inputs = _empty(32, 528, 1), (x, weight, weight, mask, v0)
+    R = 12_288
+    x, v0, weight, mask = _empty(32, R, D, dtype=dtype), _empty(R, D), _empty(D), _empty(R, dtype=torch.bool)
+    mean, inputs = _empty(32, R, 1), (x, weight, weight, mask, v0)
     forward, backward = norm_lif.norm_lif_forward_cuda, norm_lif.norm_lif_backward_cuda
     yield from _captured(norm_lif, f"D={D}", arch, forward, *inputs, 32, 1e-5, *NEURON)
     yield from _captured(norm_lif, f"D={D}", arch, backward, x, v0, *inputs, mean, mean, 32, *NEURON, *GRADIENT)

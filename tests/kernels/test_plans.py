@@ -1,15 +1,25 @@
 """Launch plans are pure functions of sizes; no device, no memory."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
 
 from spikeattn._cuda.launch import LaunchPlan, check_limits, typed
 from spikeattn.ops.lif.cuda import SEGMENTS, plan_lif_backward, plan_lif_forward
-from spikeattn.ops.norm_lif.cuda import MAX_WIDTH, backward_tile, fits, plan_norm_lif_backward, plan_norm_lif_forward
+from spikeattn.ops.norm_lif.cuda import (
+    MAX_WIDTH,
+    backward_tile,
+    fits,
+    plan_norm_lif_backward,
+    plan_norm_lif_forward,
+    segment_steps,
+)
 from spikeattn.ops.spiking_attention.cuda import plan_attention, plan_map, plan_pack, plan_states
 
 HUGE = 2**31 + 5
+TILE = ("Threads", "Elements", "Vector", "Inside")
 
 
 def tile(plan: LaunchPlan, name: str) -> int:
@@ -46,19 +56,36 @@ def test_short_trajectories_stay_in_registers_and_long_ones_go_by_segments():
     assert all(length % 4 == 0 for length in SEGMENTS)  # kBatch in kernels.cu divides them
 
 
-@pytest.mark.parametrize("D", [1, 31, 64, 65, 256, 257, 512, 1000, 2048, MAX_WIDTH])
+@pytest.mark.parametrize("storage", ["f32", "bf16"])
+@pytest.mark.parametrize("D", [1, 8, 31, 64, 65, 250, 256, 257, 512, 1000, 2048, MAX_WIDTH - 1, MAX_WIDTH])
 @pytest.mark.parametrize("R", [1, 127, 528, HUGE])
-def test_plans_of_norm_lif_hold_a_row_within_the_limits(R, D):
+def test_plans_of_norm_lif_hold_a_row_within_the_limits(R, D, storage):
     assert fits(D)
     assert not fits(MAX_WIDTH + 1)
-    for T in (1, 32, 1000):
-        forward, backward = plan_norm_lif_forward(T, R, D, "bf16"), plan_norm_lif_backward(T, R, D, "bf16")
+    for T, aligned in itertools.product((1, 2, 3, 32, 68, 69, 1000), (True, False)):
+        forward = plan_norm_lif_forward(T, R, D, storage, aligned)
+        backward = plan_norm_lif_backward(T, R, D, storage, aligned)
         for plan in (forward, backward):
             check_limits(plan)
-            assert tile(plan, "kThreads") * tile(plan, "kElements") >= D
-            assert plan.block[0] % tile(plan, "kThreads") == 0
+            threads, elements, vector, inside = (tile(plan, f"k{name}") for name in TILE)
+            assert threads * elements >= D
+            assert plan.block[0] == threads
+            assert elements % vector == D % vector == inside % vector == 0
+            assert threads * inside <= D
+            assert aligned or vector == 1
         assert tile(forward, "kThreads") in (32, 128)
-        assert 1 <= backward_tile(T, D)[2] <= T
+        steps, batch = segment_steps(T, backward_tile(R, D, storage, aligned)), tile(backward, "kSteps")
+        assert steps == T or steps % batch == 0
+        assert tile(backward, "kWhole") == (T % batch == 0)
+
+
+def test_a_warp_owns_a_row_on_the_way_back_if_it_can():
+    assert backward_tile(12_288, 256, "bf16") == (32, 8, 8)
+    assert backward_tile(12_288, 256, "f32") == (32, 8, 4)
+    assert backward_tile(12_288, 250, "f32") == (32, 8, 2)
+    assert backward_tile(12_288, 384, "bf16") == (96, 4, 4)  # full, where two warps of 8 elements are not
+    assert backward_tile(12_288, 512, "bf16") == (64, 8, 8)
+    assert backward_tile(528, 256, "bf16") == (64, 4, 4)  # few rows keep a device busy by more threads
 
 
 @pytest.mark.parametrize("E", [1, 32, 33, 64, 65, 128])

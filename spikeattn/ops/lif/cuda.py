@@ -7,6 +7,7 @@ from torch import Tensor
 
 from spikeattn._cuda.launch import Argument, LaunchPlan, Planned, launch
 from spikeattn._cuda.neuron import (
+    ELEMENT_BYTES,
     NO_GRADIENT,
     STORAGE,
     Constants,
@@ -19,8 +20,6 @@ from spikeattn._cuda.neuron import (
 )
 from spikeattn._cuda.source import Program
 from spikeattn._leak import leak
-
-ELEMENT_BYTES = {"f32": 4, "f16": 2, "bf16": 2}
 
 BLOCK = 128
 MAX_BLOCKS = 2**16  # far more than any device runs at once; the rest strides

@@ -1,12 +1,14 @@
 """Launch plans of the CUDA kernels and the calls that allocate their outputs. Layout and bytes: ``README.md``."""
 
-from functools import lru_cache
+from functools import cache, lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from spikeattn._cuda.launch import MAX_SHARED_BYTES, Argument, LaunchPlan, Planned, launch
 from spikeattn._cuda.neuron import (
+    ELEMENT_BYTES,
     NO_GRADIENT,
     STORAGE,
     Constants,
@@ -20,13 +22,29 @@ from spikeattn._cuda.neuron import (
 from spikeattn._cuda.source import Program
 from spikeattn._leak import leak
 
-BLOCK = 128  # threads, or one row if that takes more
 MAX_WIDTH = 4096  # elements of a row
 MAX_BLOCKS = 2**16
-MAX_PARTIALS = 2048  # rows of partial sums for weight and bias: enough for every multiprocessor, little to sum
+PROCESSORS = 132  # of an H100; on the way back the grid fills a device once, and each block has its partial sums
+BUSY_WARPS = 1024  # below this, on the way back, fewer elements a thread that keep more threads busy are preferred
 
 FORWARD_ELEMENTS = {32: 16, 128: 32}  # most elements of a row that a thread holds, by threads a row
-BACKWARD_ELEMENTS = {32: 2, 128: 4, 256: 4, 512: 8}  # the same on the way back, where more are kept
+# The same on the way back, for any number of threads, and the warps of a multiprocessor that registers leave room for.
+BACKWARD_ELEMENTS = {8: 12, 4: 16, 2: 24}
+WARP_SHARED_BYTES = 16 * 1024  # on the way back: 12 warps fit on a multiprocessor of an H100
+BATCHES = {192: 4, 384: 2, 512: 1}  # steps whose potentials a thread has registers for, by the threads of a row
+
+
+class Tile(NamedTuple):
+    """How a row is spread over threads on the way back: 8 elements a thread at most, ``vector`` loaded at once."""
+
+    threads: int
+    elements: int
+    vector: int
+
+    @property
+    def cost(self) -> int:
+        """Instructions of a row and step, roughly: each element, load or store, and thread has its own."""
+        return self.threads * (self.elements + self.elements // self.vector + 2)
 
 
 def fits(D: int) -> bool:
@@ -34,66 +52,117 @@ def fits(D: int) -> bool:
     return D <= MAX_WIDTH
 
 
-def plan_norm_lif_forward(T: int, R: int, D: int, storage: str) -> LaunchPlan:
+def plan_norm_lif_forward(T: int, R: int, D: int, storage: str, aligned: bool = True) -> LaunchPlan:
     """Plan of ``spk_norm_lif_forward``: a warp a row, or 128 threads if it is long; the same for any T."""
     threads = next(threads for threads, most in FORWARD_ELEMENTS.items() if threads * most >= D)
-    elements = max(_elements(D, threads), 128 // threads)  # at least one for each partial sum
-    grid = min(-(-R * threads // BLOCK), MAX_BLOCKS)
-    constants = _tile(D, threads, elements)
+    sums = 128 // threads  # partial sums of a thread; where it loads as many neighbours, these have one each
+    elements = -(-D // 128) * sums if threads == 32 else _power_of_two(-(-D // threads))
+    vector = 4 if threads == 32 and aligned and D % 4 == 0 else 1
     shared = 4 * 128 if threads > 32 else 0
-    return LaunchPlan(f"spk_norm_lif_forward_{storage}", (grid, 1, 1), (BLOCK, 1, 1), shared, constants)
+    constants = _constants(D, Tile(threads, elements, vector))
+    return LaunchPlan(f"spk_norm_lif_forward_{storage}", (min(R, MAX_BLOCKS), 1, 1), (threads, 1, 1), shared, constants)
 
 
-def plan_norm_lif_backward(T: int, R: int, D: int, storage: str, aligned: bool = True) -> LaunchPlan:
+def plan_norm_lif_backward(
+    T: int, R: int, D: int, storage: str, aligned: bool = True, processors: int = PROCESSORS
+) -> LaunchPlan:
     """Plan of ``spk_norm_lif_backward``."""
-    threads, elements, steps = backward_tile(T, D)
-    block = max(threads, BLOCK)
-    grid = min(-(-R * threads // block), MAX_PARTIALS * threads // block)
-    shared = 4 * _batch(threads, elements) * threads // 16 + 4 * block * elements * steps
-    constants = _tile(D, threads, elements, contiguous=aligned and D % elements == 0)
-    return LaunchPlan(f"spk_norm_lif_backward_{storage}", (grid, 1, 1), (block, 1, 1), shared, constants)
-
-
-def backward_tile(T: int, D: int) -> tuple[int, int, int]:
-    """Threads a row, elements a thread, and steps of a segment: as many as shared memory holds the potentials of."""
-    threads = next(threads for threads, most in BACKWARD_ELEMENTS.items() if threads * most >= D)
-    elements = _elements(D, threads)
-    bytes_left = MAX_SHARED_BYTES - 4 * _batch(threads, elements) * threads // 16
-    return threads, elements, min(T, bytes_left // (4 * max(threads, BLOCK) * elements))
-
-
-def _elements(D: int, threads: int) -> int:
-    """Elements a thread, rounded up to a power of two so that few kernels serve all widths."""
-    return 1 << (-(-D // threads) - 1).bit_length()
+    tile = backward_tile(R, D, storage, aligned)
+    batch, blocks = _batch(T, tile), _blocks(tile)
+    grid = min(R, processors * blocks)
+    batches = -(-segment_steps(T, tile) // batch)
+    shared = _sums_bytes(T, tile) + (batches - 1) * _batch_bytes(tile)
+    constants = (*_constants(D, tile), ("kSteps", batch), ("kWhole", int(T % batch == 0)), ("kBlocks", blocks))
+    return LaunchPlan(f"spk_norm_lif_backward_{storage}", (grid, 1, 1), (tile.threads, 1, 1), shared, constants)
 
 
 @lru_cache(maxsize=1024)
-def _forward_program(T: int, R: int, D: int, storage: str, options: Constants, neuron: tuple) -> Planned:
-    plan = plan_norm_lif_forward(T, R, D, storage)
+def backward_tile(R: int, D: int, storage: str, aligned: bool = True) -> Tile:
+    """The cheapest tile that keeps a device busy."""
+    widest = 16 // ELEMENT_BYTES[storage] if aligned else 1
+    vectors = [vector for vector in (8, 4, 2, 1) if vector <= widest and D % vector == 0]
+    for most in BACKWARD_ELEMENTS:
+        tiles = [
+            Tile(threads, elements, vector)
+            for vector in vectors
+            for threads in range(32, max(BATCHES) + 1, 32)
+            if (elements := -(-D // (threads * vector)) * vector) <= most
+        ]
+        if not tiles:
+            break
+        best = min(tiles, key=lambda tile: tile.cost)
+        if R * best.threads >= BUSY_WARPS * 32:
+            break
+    return best
+
+
+def segment_steps(T: int, tile: Tile) -> int:
+    """Steps of a segment: as many batches as a fair share of shared memory holds the potentials between."""
+    share = min(MAX_SHARED_BYTES, WARP_SHARED_BYTES * tile.threads // 32)
+    kept = (share - _sums_bytes(T, tile)) // _batch_bytes(tile)
+    return min(T, (kept + 1) * _batch(T, tile))
+
+
+@cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else PROCESSORS
+
+
+def _power_of_two(x: int) -> int:
+    """The next one, so that few kernels serve all widths."""
+    return 1 << (x - 1).bit_length()
+
+
+def _blocks(tile: Tile) -> int:
+    """Blocks of a multiprocessor that registers leave room for on the way back."""
+    warps = next(warps for most, warps in reversed(BACKWARD_ELEMENTS.items()) if most >= tile.elements)
+    return max(1, 32 * (warps if tile.threads <= min(BATCHES) else 16) // tile.threads)
+
+
+def _batch(T: int, tile: Tile) -> int:
+    """Steps whose potentials a thread holds on the way back, a power of two."""
+    steps = next(steps for threads, steps in BATCHES.items() if threads >= tile.threads)
+    return min(2 if tile.vector == 1 < tile.elements else steps, steps, _power_of_two(T))
+
+
+def _batch_bytes(tile: Tile) -> int:
+    """Shared memory of a block for the potentials before a batch."""
+    return 4 * tile.threads * tile.elements
+
+
+def _sums_bytes(T: int, tile: Tile) -> int:
+    """Shared memory of a block for the sums of a batch that meet there: two each step, twice."""
+    return 4 * 2 * 2 * _batch(T, tile) * tile.threads // 32 if tile.threads > 32 else 0
+
+
+def _constants(D: int, tile: Tile) -> Constants:
+    threads, elements, vector = tile
+    inside = min(elements, D // (threads * vector) * vector)
+    return ("kThreads", threads), ("kElements", elements), ("kVector", vector), ("kInside", inside)
+
+
+@lru_cache(maxsize=1024)
+def _forward_program(T: int, R: int, D: int, storage: str, aligned: bool, options: Constants, neuron: tuple) -> Planned:
+    plan = plan_norm_lif_forward(T, R, D, storage, aligned)
     constants = plan.constants + options + neuron_constants(*neuron) + NO_GRADIENT
     return plan, Program("norm_lif", "forward", storage, constants)
 
 
 @lru_cache(maxsize=1024)
 def _backward_program(
-    T: int, R: int, D: int, storage: str, aligned: bool, options: Constants, neuron: tuple, gradient: tuple
+    T: int,
+    R: int,
+    D: int,
+    storage: str,
+    aligned: bool,
+    processors: int,
+    options: Constants,
+    neuron: tuple,
+    gradient: tuple,
 ) -> Planned:
-    plan = plan_norm_lif_backward(T, R, D, storage, aligned)
+    plan = plan_norm_lif_backward(T, R, D, storage, aligned, processors)
     constants = plan.constants + options + neuron_constants(*neuron) + gradient_constants(*gradient)
     return plan, Program("norm_lif", "backward", storage, constants, gradient[-1])
-
-
-def _batch(threads: int, elements: int) -> int:
-    """Steps that go together on the way back: as many as registers hold, which are fewer for larger blocks."""
-    if elements <= 2:
-        return 4
-    return 2 if threads <= 256 else 1
-
-
-def _tile(D: int, threads: int, elements: int, contiguous: bool = False) -> Constants:
-    tile = ("kThreads", threads), ("kElements", elements), ("kFull", int(threads * elements == D))
-    loads = ("kContiguous", int(contiguous)), ("kVector", elements if contiguous else 1)
-    return *tile, *loads, ("kBatch", _batch(threads, elements))
 
 
 def norm_lif_forward_cuda(
@@ -120,8 +189,10 @@ def norm_lif_forward_cuda(
     x, padding_mask = x.contiguous(), None if padding_mask is None else padding_mask.contiguous()
     v0, scalar_v0 = as_start(v0)
     neuron = (tau, decay_input, v_reset)
-    plan, program = _forward_program(T, R, D, storage, _options(x, T, scalar_v0), neuron)
-    args: list[Argument] = [x, as_float(weight), as_float(bias), padding_mask, v0, spikes, v, mean, rstd]
+    weight, bias = as_float(weight), as_float(bias)
+    aligned = are_aligned(x, weight, bias, v0)
+    plan, program = _forward_program(T, R, D, storage, aligned, _options(x, T, scalar_v0), neuron)
+    args: list[Argument] = [x, weight, bias, padding_mask, v0, spikes, v, mean, rstd]
     args += [T, R, D, float(eps), leak(tau), float(v_threshold), float(v_reset or 0.0)]
     launch(plan, program, args, x.device)
     return spikes, v, mean, rstd
@@ -163,9 +234,11 @@ def norm_lif_backward_cuda(
     grad_spikes, grad_v = grad_spikes.to(x.dtype).contiguous(), None if grad_v is None else as_float(grad_v)
     weight, bias = as_float(weight), as_float(bias)
     aligned = are_aligned(grad_spikes, grad_v, x, weight, bias, v0)
-    plan, program = _backward_program(T, R, D, storage, aligned, _options(x, T, scalar_v0), neuron, gradient)
-    threads, _, steps = backward_tile(T, D)
-    partials = grad_v0.new_empty(plan.grid[0] * plan.block[0] // threads, 2, D)
+    sizes = (T, R, D, storage, aligned, _processors(x.device))
+    plan, program = _backward_program(*sizes, _options(x, T, scalar_v0), neuron, gradient)
+    tile = backward_tile(R, D, storage, aligned)
+    steps = segment_steps(T, tile)
+    partials = grad_v0.new_empty(plan.grid[0], 2, D)
     checkpoints = grad_v0.new_empty((T - 1) // steps, R, D) if steps < T else None
     args: list[Argument] = [grad_spikes, grad_v, x, weight, bias]
     args += [padding_mask, v0, as_float(mean), as_float(rstd), grad_x, None if v0 is None else grad_v0, partials]

@@ -2,39 +2,31 @@
 //
 // x: [T, R, D], or [1, R, D] if kStatic, R rows of D; mask: [R], true where the current is zero, or null; v0: [R,
 // D]; if kScalarV0 one number, or null for v_reset; v_last: [R, D]; mean, rstd: [T or 1, R]; contiguous. State float.
-// Launch: kThreads threads own a row and walk over t; thread r holds kElements elements, so D <= kThreads * kElements,
-// equal if kFull: r, r + kThreads, ..., or neighbours if kContiguous, where kVector = kElements divides D. Blocks of
-// max(kThreads, 128) threads; grid (any, 1, 1) strides over the rows. kBatch: steps whose loads and sums go together on
-// the way back.
+// Launch: a block of kThreads threads owns a row and walks over t; a thread holds kElements elements, kVector
+// neighbours at a time, the first kInside surely within the row: D <= kThreads * kElements, and kVector divides D. Grid
+// (any, 1, 1) strides over the rows. A warp has a block of its own: the compiler then knows what all its lanes share.
 
-// The row of this thread's group before striding, and how far a stride goes.
-__device__ inline long long first_row() { return ((long long)blockIdx.x * blockDim.x + threadIdx.x) / kThreads; }
-__device__ inline long long row_stride() { return (long long)gridDim.x * blockDim.x / kThreads; }
+constexpr int kMaxElements = 32;  // of kElements
 
-// Where in its row element e of this thread lies.
-__device__ inline int place(int e)
-{
-    const int r = threadIdx.x % kThreads;
-    return kContiguous ? kElements * r + e : kThreads * e + r;
-}
-
-__device__ inline bool is_inside(int e, long long D) { return kFull || place(e) < D; }
+// Where in its row element e of this thread lies: vectors of the threads beside each other, then the next of each.
+__device__ inline int lane_place() { return (int)threadIdx.x * kVector; }
+__device__ inline int place(int e) { return lane_place() + e / kVector * kVector * kThreads + e % kVector; }
+__device__ inline bool is_inside(int e, int D) { return e < kInside || place(e) < D; }
 
 // Zero outside. Loads are not guarded: after a branch a conversion from 16 bits would wait for each of them; what lies
 // outside is read elsewhere in the row.
 template <class T>
-__device__ inline void load_row(const T* row, long long D, float* to)
+__device__ inline void load_row(const T* row, int D, float* to)
 {
-    if (kContiguous) load(row + (is_inside(0, D) ? place(0) : 0), to);
 #pragma unroll
     for (int e = 0; e < kElements; ++e) {
-        if (!kContiguous) to[e] = to_float(row[is_inside(e, D) ? place(e) : 0]);
+        if (e % kVector == 0) load(row + (is_inside(e, D) ? place(e) : 0), to + e);
         if (!is_inside(e, D)) to[e] = 0.0f;
     }
 }
 
 // V[0] of a row; one number for all if kScalarV0, at rest if there is none.
-__device__ inline void load_v0(const float* v0, float v_rest, long long row, long long D, float* v)
+__device__ inline void load_v0(const float* v0, float v_rest, long long row, int D, float* v)
 {
     if (!kScalarV0) return load_row(v0 + row * D, D, v);
 #pragma unroll
@@ -42,25 +34,83 @@ __device__ inline void load_v0(const float* v0, float v_rest, long long row, lon
 }
 
 template <class T>
-__device__ inline void store_row(T* row, long long D, const float* from)
+__device__ inline void store_row(T* row, int D, const float* from)
 {
-    if (kContiguous) {
-        if (is_inside(0, D)) store(row + place(0), from);
-        return;
-    }
 #pragma unroll
-    for (int e = 0; e < kElements; ++e)
-        if (is_inside(e, D)) from_float(row[place(e)], from[e]);
+    for (int e = 0; e < kElements; e += kVector)
+        if (is_inside(e, D)) store(row + place(e), from + e);
 }
 
-// Sum over a row as `ordered_sum` of the definition has it, for 32 or 128 threads: thread r holds the partial sums r,
-// r + kThreads, ... of 128. Uses 128 floats of shared memory if threads are 128.
+// A step of a row as it lies in memory: a load is on its way until its first use. Zero outside.
+struct Step {
+    __align__(16) unsigned words[kMaxElements];  // as many elements in each as fit, but no two vectors
+
+    // From this thread's place in a row; nothing is read, and all is zero, if not `wanted`.
+    __device__ void fetch(const storage* from, int D, bool wanted)
+    {
+        const int bytes = kVector * (int)sizeof(storage), size = bytes < 4 ? 1 : bytes / 4;
+#pragma unroll
+        for (int e = 0; e < kElements; e += kVector) {
+            unsigned* to = words + e / kVector * size;
+            if (wanted && is_inside(e, D)) {
+                move(reinterpret_cast<storage*>(to), from + e * kThreads);
+            } else {
+#pragma unroll
+                for (int i = 0; i < size; ++i) to[i] = 0;
+            }
+        }
+    }
+
+    __device__ static float part(unsigned word, int, f32) { return __uint_as_float(word); }
+
+    template <class T>
+    __device__ static float part(unsigned word, int i, T x)
+    {
+        x.bits = (unsigned short)(word >> 16 * i);
+        return to_float(x);
+    }
+
+    __device__ float element(int e) const
+    {
+        const int in_word = sizeof(storage) == 4 || kVector == 1 ? 1 : 2;
+        return part(words[e / in_word], e % in_word, storage());
+    }
+};
+
+__device__ inline float normal(float x, float mean, float rstd) { return __fmul_rn(__fsub_rn(x, mean), rstd); }
+
+// `count` sums over a warp at once, a power of two; sum i comes out in lanes 32 / count * i and on. With each halving
+// of the lanes that a sum is spread over, a lane keeps half of the sums: lanes 16 apart first, then 8, 4, 2 and 1.
+__device__ inline float warp_sums(int count, float* x)
+{
+    int apart = 16;
+#pragma unroll
+    for (int n = count / 2; n > 0; n /= 2, apart /= 2)
+#pragma unroll
+        for (int i = 0; i < n; ++i) {
+            const bool upper = threadIdx.x & apart;
+            const float give = upper ? x[i] : x[i + n];
+            x[i] = __fadd_rn(upper ? x[i + n] : x[i], __shfl_xor_sync(0xFFFFFFFFu, give, apart));
+        }
+#pragma unroll
+    for (; apart > 0; apart /= 2) x[0] = __fadd_rn(x[0], __shfl_xor_sync(0xFFFFFFFFu, x[0], apart));
+    return x[0];
+}
+
+// Sum over a row as `ordered_sum` of the definition has it. 32 threads hold four of its 128 partial sums each, which
+// are neighbours if kVector is 4 and else 32 apart; 128 threads, with kVector 1, hold one. Uses 128 floats of shared
+// memory if threads are 128.
 __device__ inline float ordered_sum(const float* x)
 {
     const int mine = 128 / kThreads;
     float partial[4];
 #pragma unroll
     for (int e = 0; e < kElements; ++e) partial[e % mine] = e < mine ? x[e] : __fadd_rn(partial[e % mine], x[e]);
+    if (kVector == 4) {
+        float sum = warp_sums(4, partial);
+        sum = __fadd_rn(sum, __shfl_xor_sync(0xFFFFFFFFu, sum, 16));
+        return __fadd_rn(sum, __shfl_xor_sync(0xFFFFFFFFu, sum, 8));
+    }
     if (kThreads == 32)
         return warp_sum(__fadd_rn(__fadd_rn(partial[0], partial[2]), __fadd_rn(partial[1], partial[3])));
     SPK_DYNAMIC_SMEM(float, sums);
@@ -69,37 +119,6 @@ __device__ inline float ordered_sum(const float* x)
     __syncthreads();
     const float* lane = sums + threadIdx.x % 32;
     return warp_sum(__fadd_rn(__fadd_rn(lane[0], lane[64]), __fadd_rn(lane[32], lane[96])));
-}
-
-// 2 kBatch sums over a row at once, in any fixed order: their shuffles overlap, and they share the barriers. Uses
-// kBatch kThreads / 16 floats of shared memory if threads are over 32.
-__device__ inline void row_sums(float* x)
-{
-    const int count = 2 * kBatch, warps = kThreads / 32;
-#pragma unroll
-    for (int i = 0; i < count; ++i) x[i] = warp_sum(x[i]);
-    if (kThreads == 32) return;
-    SPK_DYNAMIC_SMEM(float, sums);
-    __syncthreads();  // the sums before these have been read
-#pragma unroll
-    for (int i = 0; i < count; ++i)
-        if (threadIdx.x % 32 == 0) sums[i * warps + threadIdx.x / 32] = x[i];
-    __syncthreads();
-#pragma unroll
-    for (int i = 0; i < count; ++i) {
-        x[i] = 0.0f;
-        for (int w = 0; w < warps; ++w) x[i] = __fadd_rn(x[i], sums[i * warps + w]);
-    }
-}
-
-// Replaces x by (x - mean) * rstd * weight + bias.
-__device__ inline void normalise(float* x, float mean, float rstd, const float* weight, const float* bias, bool masked)
-{
-#pragma unroll
-    for (int e = 0; e < kElements; ++e) {
-        const float normal = __fmul_rn(__fsub_rn(x[e], mean), rstd);
-        x[e] = masked ? 0.0f : __fadd_rn(__fmul_rn(normal, weight[e]), bias[e]);
-    }
 }
 
 #ifdef SPK_FORWARD
@@ -112,34 +131,38 @@ SPK_ENTRY(spk_norm_lif_forward)(
     long long D, float eps, float leak, float v_threshold, float v_reset)
 {
     const Neuron neuron = {leak, v_threshold, v_reset, 0.0f, 0.0f};
-    const int r = threadIdx.x % kThreads;
+    const int width = (int)D;
     float w[kElements], b[kElements];
-    load_row(weight, D, w);
-    load_row(bias, D, b);
-    for (long long row = first_row(); row < R; row += row_stride()) {
+    load_row(weight, width, w);
+    load_row(bias, width, b);
+    for (long long row = blockIdx.x; row < R; row += gridDim.x) {
         const bool masked = mask && mask[row];
-        float v[kElements], next[kElements], current[kElements], s[kElements];
-        load_v0(v0, v_reset, row, D, v);
-        load_row(x + row * D, D, next);
+        float v[kElements], current[kElements], s[kElements];
+        Step next;
+        load_v0(v0, v_reset, row, width, v);
+        next.fetch(x + row * D + lane_place(), width, true);
         for (long long t = 0; t < T; ++t) {
+            const long long at = t * R + row;
             if (!kStatic || t == 0) {
 #pragma unroll
-                for (int e = 0; e < kElements; ++e) current[e] = next[e];
-                // The next row is on its way while this one is summed.
-                if (!kStatic && t + 1 < T) load_row(x + ((t + 1) * R + row) * D, D, next);
+                for (int e = 0; e < kElements; ++e) current[e] = next.element(e);
+                // The next step is on its way while this one is summed.
+                if (!kStatic) next.fetch(x + (at + R) * D + lane_place(), width, t + 1 < T);
                 const float m = __fdiv_rn(ordered_sum(current), (float)D);
 #pragma unroll
                 for (int e = 0; e < kElements; ++e) {
-                    const float centred = is_inside(e, D) ? __fsub_rn(current[e], m) : 0.0f;
+                    const float centred = is_inside(e, width) ? __fsub_rn(current[e], m) : 0.0f;
                     s[e] = __fmul_rn(centred, centred);
                 }
                 const float variance = __fdiv_rn(ordered_sum(s), (float)D);
                 const float rs = __frcp_rn(__fsqrt_rn(__fadd_rn(variance, eps)));
-                if (r == 0) {
-                    mean[t * R + row] = m;
-                    rstd[t * R + row] = rs;
+                if (threadIdx.x == 0) {
+                    mean[at] = m;
+                    rstd[at] = rs;
                 }
-                normalise(current, m, rs, w, b, masked);
+#pragma unroll
+                for (int e = 0; e < kElements; ++e)
+                    current[e] = masked ? 0.0f : __fadd_rn(__fmul_rn(normal(current[e], m, rs), w[e]), b[e]);
             }
 #pragma unroll
             for (int e = 0; e < kElements; ++e) {
@@ -147,92 +170,159 @@ SPK_ENTRY(spk_norm_lif_forward)(
                 s[e] = neuron.fires(h) ? 1.0f : 0.0f;
                 v[e] = neuron.reset(h);
             }
-            store_row(spikes + (t * R + row) * D, D, s);
+            store_row(spikes + at * D, width, s);
         }
-        store_row(v_last + row * D, D, v);
+        store_row(v_last + row * D, width, v);
     }
 }
 
 #endif
 #ifdef SPK_BACKWARD
 
-// From grad = dL/d current and x of `count` steps of a row, which may be changed: writes grad_x, a step `stride` before
-// the other, and adds to the gradients of weight and bias. With n the normalised row,
-// grad_x = rstd * (g w - mean(g w) - n mean(g w n)).
-__device__ inline void norm_back(
-    int count, float* grad, float* x, const float* mean, const float* rstd, const float* weight, long long D,
-    storage* grad_x, long long stride, float* grad_weight, float* grad_bias)
+constexpr int kMaxSteps = 4, kMaxHeld = 8;  // of kSteps and of kElements, on the way back
+
+__device__ inline float from_lane(float x, int lane)
 {
-    float sums[2 * kBatch];
+    return __uint_as_float(__shfl_sync(0xFFFFFFFFu, __float_as_uint(x), lane));
+}
+
+// The input of one row. Masked, it is not read: zeros, of which a bias of zero makes currents of zero.
+struct Row {
+    const storage* x;  // this thread's place in step 0
+    const float *mean, *rstd;
+    long long R, stride;  // elements from a step to the next
+    int T, D;
+    bool masked;
+
+    __device__ const storage* at(int t) const { return x + (kStatic ? 0 : t * stride); }
+    // How far on step t + 1 is: nowhere, if t is the last.
+    __device__ long long next(int t) const { return kStatic || (!kWhole && t + 1 >= T) ? 0 : stride; }
+
+    // Mean and reciprocal deviation of step first + k in lane k.
+    __device__ void fetch_norms(int first, float& m, float& rs) const
+    {
+        const int t = first + (int)threadIdx.x % kSteps;
+        const long long at = kStatic ? 0 : (kWhole || t < T ? t : T - 1) * R;
+        m = masked ? 0.0f : mean[at];
+        rs = masked ? 0.0f : rstd[at];
+    }
+};
+
+// Brings V over `count` steps from t0, whole batches of kSteps; keeps V before each batch in kept [batches][kThreads *
+// kElements] unless null. Every step of the next batch is on its way as soon as that of this one has been used.
+__device__ inline void scan(
+    const Neuron& neuron, const Row& row, const float* weight, const float* bias, const float* same, int t0, int count,
+    float* v, float* kept)
+{
+    Step step[kMaxSteps];
+    float m, rs;
+    const storage* x = row.at(t0);
+    if (!kStatic) row.fetch_norms(t0, m, rs);
 #pragma unroll
-    for (int k = 0; k < kBatch; ++k) {
-        float sum = 0.0f, sum_n = 0.0f;
-        if (k < count) {
+    for (int k = 0; k < kSteps; ++k) {
+        if (!kStatic) step[k].fetch(x, row.D, !row.masked);
+        x += row.next(t0 + k);
+    }
+    for (int t = t0; t < t0 + count; t += kSteps) {
+        if (kept) {
 #pragma unroll
-            for (int e = 0; e < kElements; ++e) {
-                const int i = k * kElements + e;
-                const float g = grad[i], n = __fmul_rn(__fsub_rn(x[i], mean[k]), rstd[k]);
-                grad_weight[e] = __fadd_rn(grad_weight[e], __fmul_rn(g, n));
-                grad_bias[e] = __fadd_rn(grad_bias[e], g);
-                const float scaled = is_inside(e, D) ? __fmul_rn(g, weight[e]) : 0.0f;
-                sum = __fadd_rn(sum, scaled);
-                sum_n = __fadd_rn(sum_n, __fmul_rn(scaled, n));
-                grad[i] = scaled;
-                x[i] = n;
+            for (int e = 0; e < kElements; e += kVector) store(kept + place(e), v + e);
+            kept += kThreads * kElements;
+        }
+        const float m_batch = m, rs_batch = rs;
+        if (!kStatic) row.fetch_norms(t + kSteps, m, rs);
+#pragma unroll
+        for (int k = 0; k < kSteps; ++k) {
+            float current[kElements];
+            if (kStatic) {
+#pragma unroll
+                for (int e = 0; e < kElements; ++e) current[e] = same[e];
+            } else {
+                const float m_t = from_lane(m_batch, k), rs_t = from_lane(rs_batch, k);
+#pragma unroll
+                for (int e = 0; e < kElements; ++e)
+                    current[e] = __fadd_rn(__fmul_rn(normal(step[k].element(e), m_t, rs_t), weight[e]), bias[e]);
+                step[k].fetch(x, row.D, !row.masked);
+                x += row.next(t + kSteps + k);
             }
+#pragma unroll
+            for (int e = 0; e < kElements; ++e) v[e] = neuron.reset(neuron.charge(current[e], v[e]));
+        }
+    }
+}
+
+// `count` sums over a row at once, a power of two, in a fixed order. Uses 2 count kThreads / 32 floats of shared memory
+// if threads are over 32; sums take turns in its halves, so that one barrier is enough.
+__device__ inline void row_sums(int count, float* x, float* shared, int& turn)
+{
+    const int lanes = 32 / count, lane = threadIdx.x % 32, warps = kThreads / 32;
+    float sum = warp_sums(count, x);
+    if (kThreads > 32) {
+        float* sums = shared + turn * count * warps;
+        turn = 1 - turn;
+        if (lane % lanes == 0) sums[threadIdx.x / 32 * count + lane / lanes] = sum;
+        __syncthreads();
+        sum = 0.0f;
+#pragma unroll 4
+        for (int w = 0; w < warps; ++w) sum = __fadd_rn(sum, sums[w * count + lane / lanes]);
+    }
+#pragma unroll
+    for (int i = 0; i < count; ++i) x[i] = from_lane(sum, i * lanes);
+}
+
+// From g = dL/d current and the normalised n of `count` steps of a row, a power of two: writes grad_x, a step `stride`
+// after the other, and adds to the gradients of weight and bias. Changes g. Means are over the row:
+// grad_x = rstd * (g w - mean(g w) - n mean(g w n)). Writes the first `valid` steps; g of the rest is zero.
+__device__ inline void norm_back(
+    int count, int valid, float (*g)[kMaxHeld], const float (*n)[kMaxHeld], const float* rstd,
+    const float* weight, const Row& row, storage* grad_x, long long stride, float* grad_weight, float* grad_bias,
+    float* shared, int& turn)
+{
+    if (row.masked) {
+#pragma unroll
+        for (int k = 0; k < count; ++k) {
+#pragma unroll
+            for (int e = 0; e < kElements; ++e) g[k][e] = 0.0f;
+            if (k < valid) store_row(grad_x + k * stride, row.D, g[k]);
+        }
+        return;
+    }
+    float sums[2 * kMaxSteps];
+#pragma unroll
+    for (int k = 0; k < count; ++k) {
+        float sum = 0.0f, sum_n = 0.0f;
+#pragma unroll
+        for (int e = 0; e < kElements; ++e) {
+            grad_weight[e] = __fmaf_rn(g[k][e], n[k][e], grad_weight[e]);
+            grad_bias[e] = __fadd_rn(grad_bias[e], g[k][e]);
+            g[k][e] = __fmul_rn(g[k][e], weight[e]);
+            sum = __fadd_rn(sum, g[k][e]);
+            sum_n = __fmaf_rn(g[k][e], n[k][e], sum_n);
         }
         sums[2 * k] = sum;
         sums[2 * k + 1] = sum_n;
     }
-    row_sums(sums);
+    row_sums(2 * count, sums, shared, turn);
+    const float share = __frcp_rn((float)row.D);
 #pragma unroll
-    for (int k = 0; k < kBatch; ++k) {
-        if (k >= count) break;
-        const float mean_g = __fdiv_rn(sums[2 * k], (float)D), mean_n = __fdiv_rn(sums[2 * k + 1], (float)D);
+    for (int k = 0; k < count; ++k) {
+        const float mean_g = __fmul_rn(sums[2 * k], share), mean_n = __fmul_rn(sums[2 * k + 1], share);
 #pragma unroll
-        for (int i = k * kElements; i < (k + 1) * kElements; ++i)
-            x[i] = __fmul_rn(rstd[k], __fsub_rn(__fsub_rn(grad[i], mean_g), __fmul_rn(x[i], mean_n)));
-        store_row(grad_x - k * stride, D, x + k * kElements);
+        for (int e = 0; e < kElements; ++e)
+            g[k][e] = __fmul_rn(rstd[k], __fmaf_rn(-n[k][e], mean_n, __fsub_rn(g[k][e], mean_g)));
+        if (k < valid) store_row(grad_x + k * stride, row.D, g[k]);
     }
 }
 
-// Brings V from step t0 to step t1; keeps H[t0 ... t1 - 1] in trajectory [steps][kElements][kThreads] unless null.
-__device__ inline void scan(
-    const Neuron& neuron, const storage* x, const float* mean, const float* rstd, const float* weight,
-    const float* bias, bool masked, long long t0, long long t1, long long R, long long row, long long D, float* v,
-    float* trajectory)
-{
-    float current[kBatch][kElements], m[kBatch], rs[kBatch];
-    for (long long t = t0; t < t1; t += kBatch) {
-#pragma unroll
-        for (int k = 0; k < kBatch; ++k) {
-            const long long at = (kStatic ? 0 : t + k < t1 ? t + k : t1 - 1) * R + row;
-            load_row(x + at * D, D, current[k]);
-            m[k] = mean[at];
-            rs[k] = rstd[at];
-        }
-#pragma unroll
-        for (int k = 0; k < kBatch; ++k) {
-            if (t + k >= t1) break;
-            normalise(current[k], m[k], rs[k], weight, bias, masked);
-#pragma unroll
-            for (int e = 0; e < kElements; ++e) {
-                const float h = neuron.charge(current[k][e], v[e]);
-                v[e] = neuron.reset(h);
-                if (trajectory) trajectory[((t + k - t0) * kElements + e) * kThreads + threadIdx.x % kThreads] = h;
-            }
-        }
-    }
-}
-
-// As lif_backward, but H of a segment of `steps` steps lies in shared memory, where a long loop needs no unrolling: a
-// row that is normalised has sums at every step. V at the start of every segment but the first goes to checkpoints
-// [(T - 1) / steps, R, D]. Writes grad_x (static steps are summed from the last to the first), grad_v0 and, a group of
-// kThreads threads each, one row of partial sums of the gradients of weight and bias to partials
-// [gridDim.x * blockDim.x / kThreads, 2, D]. Dynamic shared memory: kBatch kThreads / 16 floats, then blockDim.x *
-// kElements * steps. Moves 3 elements of storage a neuron-step (4 with checkpoints, which add 8 / steps
-// bytes) and one more that was read shortly before.
-SPK_ENTRY(spk_norm_lif_backward, __launch_bounds__(kThreads > 256 ? kThreads : 256, 1))(
+// As lif_backward, by segments of `steps` steps, batches of kSteps of which only the last of all may be short; kWhole:
+// it is not. A first walk over a segment keeps V before each batch in shared memory; then, from the last batch to the
+// first, H of a batch is computed again and stays in registers until its sums over the row are there. V at the start of
+// every segment but the first goes to checkpoints [(T - 1) / steps, R, D]. Writes grad_x (static steps are summed from
+// the last to the first), grad_v0 and, for each block, partial sums of the gradients of weight and bias to partials
+// [gridDim.x, 2, D]. Dynamic shared memory: what row_sums uses for a batch, then kThreads * kElements floats for each
+// batch of a segment but the last. Moves 3 elements of storage a neuron-step (4 with checkpoints, which add 8 / steps
+// bytes) and one more that was read shortly before. Registers leave room for kBlocks blocks on a multiprocessor.
+SPK_ENTRY(spk_norm_lif_backward, __launch_bounds__(kThreads, kBlocks))(
     const storage* SPK_RESTRICT grad_spikes, const float* SPK_RESTRICT grad_v, const storage* SPK_RESTRICT x,
     const float* SPK_RESTRICT weight, const float* SPK_RESTRICT bias, const bool* SPK_RESTRICT mask,
     const float* SPK_RESTRICT v0, const float* SPK_RESTRICT mean, const float* SPK_RESTRICT rstd,
@@ -241,69 +331,108 @@ SPK_ENTRY(spk_norm_lif_backward, __launch_bounds__(kThreads > 256 ? kThreads : 2
     float b)
 {
     const Neuron neuron = {leak, v_threshold, v_reset, a, b};
-    const long long last_segment = (T - 1) / steps;
-    const int r = threadIdx.x % kThreads;
-    SPK_DYNAMIC_SMEM(float, smem);
-    float* trajectory = smem + kBatch * kThreads / 16 + threadIdx.x / kThreads * steps * kElements * kThreads;
-    float w[kElements], bi[kElements], grad_w[kElements], grad_b[kElements];
-    load_row(weight, D, w);
-    load_row(bias, D, bi);
+    const int width = (int)D, last_segment = (int)((T - 1) / steps), kept_row = kThreads * kElements;
+    SPK_DYNAMIC_SMEM(float, shared);
+    float* kept = shared + (kThreads > 32 ? 2 * 2 * kSteps * kThreads / 32 : 0);
+    int turn = 0;
+    float w[kElements], grad_w[kElements], grad_b[kElements];
+    load_row(weight, width, w);
 #pragma unroll
     for (int e = 0; e < kElements; ++e) grad_w[e] = grad_b[e] = 0.0f;
-    for (long long row = first_row(); row < R; row += row_stride()) {
-        const bool masked = mask && mask[row];
-        float v[kElements], carry[kElements], total[kElements];
-        load_v0(v0, v_reset, row, D, v);
-        for (long long segment = 0; segment < last_segment; ++segment) {
-            const long long t0 = segment * steps;
-            scan(neuron, x, mean, rstd, w, bi, masked, t0, t0 + steps, R, row, D, v, nullptr);
-            store_row(checkpoints + (segment * R + row) * D, D, v);
+    for (long long r = blockIdx.x; r < R; r += gridDim.x) {
+        const Row row = {x + r * D + lane_place(), mean + r, rstd + r, R, R * D, (int)T, width, mask && mask[r]};
+        float bi[kElements], v[kElements], carry[kElements], total[1][kMaxHeld], same[kElements];
+        load_row(bias, width, bi);
+        load_v0(v0, v_reset, r, width, v);
+        Step only;
+        float m_only, rs_only;
+        if (kStatic) {
+            only.fetch(row.x, width, !row.masked);
+            row.fetch_norms(0, m_only, rs_only);
         }
 #pragma unroll
-        for (int e = 0; e < kElements; ++e) carry[e] = total[e] = 0.0f;
-        if (grad_v) load_row(grad_v + row * D, D, carry);
-        for (long long segment = last_segment; segment >= 0; --segment) {
-            const long long t0 = segment * steps;
-            const long long t1 = t0 + steps < T ? t0 + steps : T;
-            if (segment) load_row(checkpoints + ((segment - 1) * R + row) * D, D, v);
-            else load_v0(v0, v_reset, row, D, v);
-            scan(neuron, x, mean, rstd, w, bi, masked, t0, t1, R, row, D, v, trajectory);
-            for (long long t = t1 - 1; t >= t0; t -= kBatch) {
-                float grad[kBatch * kElements], x_t[kBatch * kElements], m[kBatch], rs[kBatch];
+        for (int e = 0; e < kElements; ++e) {
+            if (row.masked) bi[e] = 0.0f;
+            carry[e] = total[0][e] = 0.0f;
+            if (kStatic) same[e] = __fadd_rn(__fmul_rn(normal(only.element(e), m_only, rs_only), w[e]), bi[e]);
+        }
+        for (int segment = 0; segment < last_segment; ++segment) {
+            scan(neuron, row, w, bi, same, segment * (int)steps, (int)steps, v, nullptr);
+            store_row(checkpoints + (segment * R + r) * D, width, v);
+        }
+        if (grad_v) load_row(grad_v + r * D, width, carry);
+        for (int segment = last_segment; segment >= 0; --segment) {
+            const int t0 = segment * (int)steps, t1 = segment < last_segment ? t0 + (int)steps : (int)T;
+            if (segment) load_row(checkpoints + ((segment - 1) * R + r) * D, width, v);
+            else load_v0(v0, v_reset, r, width, v);
+            int batch = (t1 - t0 - 1) / kSteps;
+            scan(neuron, row, w, bi, same, t0, batch * kSteps, v, kept);
+            for (;;) {
+                const int first = t0 + batch * kSteps;
+                Step step[kMaxSteps], grads[2];
+                float n[kMaxSteps][kMaxHeld], g[kMaxSteps][kMaxHeld];  // g is H at first
+                float m, rs, rs_all[kMaxSteps];
+                const storage* x_t = row.at(first);
+                if (!kStatic) row.fetch_norms(first, m, rs);
 #pragma unroll
-                for (int k = 0; k < kBatch; ++k) {
-                    const long long at = (t - k > t0 ? t - k : t0) * R + row;
-                    load_row(grad_spikes + at * D, D, grad + k * kElements);
-                    if (kStatic) continue;
-                    load_row(x + at * D, D, x_t + k * kElements);
-                    m[k] = mean[at];
-                    rs[k] = rstd[at];
+                for (int k = 0; k < kSteps; ++k) {
+                    if (!kStatic) step[k].fetch(x_t, width, !row.masked);
+                    if (k + 1 < kSteps) x_t += row.next(first + k);
                 }
-                const int count = t - t0 + 1 < kBatch ? (int)(t - t0 + 1) : kBatch;
+                const int end = kWhole || first + kSteps <= T ? first + kSteps : (int)T;
+                const storage* grad_t = grad_spikes + ((end - 1) * R + r) * D + lane_place();
 #pragma unroll
-                for (int k = 0; k < kBatch; ++k) {
-                    if (k >= count) break;
+                for (int k = kSteps - 1; k >= 0 && k >= kSteps - 2; --k) {
+                    grads[k % 2].fetch(grad_t, width, true);
+                    if (kWhole || first + k < T) grad_t -= row.stride;
+                }
+#pragma unroll
+                for (int k = 0; k < kSteps; ++k) {
+                    const float m_t = kStatic ? 0.0f : from_lane(m, k);
+                    rs_all[k] = kStatic ? 0.0f : from_lane(rs, k);
 #pragma unroll
                     for (int e = 0; e < kElements; ++e) {
-                        const float h = trajectory[((t - k - t0) * kElements + e) * kThreads + r];
-                        float& g = grad[k * kElements + e];
-                        g = neuron.step_back(neuron.grad_h(g, carry[e], h), carry[e]);
-                        if (masked) g = 0.0f;
-                        total[e] = __fadd_rn(total[e], g);
+                        n[k][e] = kStatic ? 0.0f : normal(step[k].element(e), m_t, rs_all[k]);
+                        const float current = kStatic ? same[e] : __fadd_rn(__fmul_rn(n[k][e], w[e]), bi[e]);
+                        g[k][e] = neuron.charge(current, v[e]);
+                        v[e] = neuron.reset(g[k][e]);
                     }
                 }
+#pragma unroll
+                for (int k = kSteps - 1; k >= 0; --k) {
+                    if (kWhole || first + k < T) {
+#pragma unroll
+                        for (int e = 0; e < kElements; ++e) {
+                            const float grad_h = neuron.grad_h<false>(grads[k % 2].element(e), carry[e], g[k][e]);
+                            g[k][e] = neuron.step_back(grad_h, carry[e]);
+                            total[0][e] = __fadd_rn(total[0][e], g[k][e]);
+                        }
+                    } else {
+#pragma unroll
+                        for (int e = 0; e < kElements; ++e) g[k][e] = 0.0f;
+                    }
+                    if (k < 2) continue;
+                    grads[k % 2].fetch(grad_t, width, true);
+                    if (kWhole || first + k - 2 < T) grad_t -= row.stride;
+                }
+                storage* to = grad_x + (first * R + r) * D;
                 if (!kStatic)
-                    norm_back(count, grad, x_t, m, rs, w, D, grad_x + (t * R + row) * D, R * D, grad_w, grad_b);
+                    norm_back(kSteps, end - first, g, n, rs_all, w, row, to, R * D, grad_w, grad_b, shared, turn);
+                if (batch-- == 0) break;
+#pragma unroll
+                for (int e = 0; e < kElements; e += kVector) load(kept + batch * kept_row + place(e), v + e);
             }
         }
         if (kStatic) {
-            load_row(x + row * D, D, v);
-            norm_back(1, total, v, mean + row, rstd + row, w, D, grad_x + row * D, 0, grad_w, grad_b);
+            float n[1][kMaxHeld];
+#pragma unroll
+            for (int e = 0; e < kElements; ++e) n[0][e] = normal(only.element(e), m_only, rs_only);
+            norm_back(1, 1, total, n, &rs_only, w, row, grad_x + r * D, 0, grad_w, grad_b, shared, turn);
         }
-        if (grad_v0) store_row(grad_v0 + row * D, D, carry);
+        if (grad_v0) store_row(grad_v0 + r * D, width, carry);
     }
-    store_row(partials + first_row() * 2 * D, D, grad_w);
-    store_row(partials + (first_row() * 2 + 1) * D, D, grad_b);
+    store_row(partials + (long long)blockIdx.x * 2 * D, width, grad_w);
+    store_row(partials + ((long long)blockIdx.x * 2 + 1) * D, width, grad_b);
 }
 
 #endif
