@@ -13,6 +13,8 @@ from kernel_cases import DTYPES, STEPS, WIDTHS, Neuron, assert_equal, check_atte
 
 from spikeattn import ATan, backend_status, lif, spiking_attention
 from spikeattn._cuda.launch import launches
+from spikeattn._cuda.module import _kernels
+from spikeattn._cuda.source import OPTIONS, assemble
 from spikeattn.ops.lif.cuda import lif_backward_cuda, lif_forward_cuda
 
 pytestmark = pytest.mark.cuda
@@ -58,6 +60,36 @@ def test_every_surrogate_is_as_near_to_float64_as_the_definition(surrogate):
 @pytest.mark.parametrize("size", [(1, 1, 1), (32, 528, 256), (7, 40, 33), (26, 9, 513), (5, 3, 4096)], ids=ids)
 def test_every_row_has_the_bits_of_the_definition(size, dtype):
     check_norm_lif(*size, dtype=dtype, device="cuda")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", [(32, 2048, 256), (69, 1100, 250), (5, 1500, 384), (6, 1030, 520)], ids=ids)
+def test_many_rows_have_the_bits_of_the_definition(size, dtype):
+    """As many as 8 elements a thread on the way back take."""
+    check_norm_lif(*size, dtype=dtype, device="cuda")
+
+
+RECIPROCALS = """
+extern "C" __global__ void count(unsigned* wrong)
+{
+    const long long first = 0x00800000, infinity = 0x7F800000, large = 0x7E800000;  // 2^-126, and 2^126
+    for (long long i = first + blockIdx.x * blockDim.x + threadIdx.x; i <= infinity; i += gridDim.x * blockDim.x) {
+        const float x = __uint_as_float((unsigned)i), y = reciprocal<false>(x);
+        if (i < large ? y != reciprocal<true>(x) : !(y >= 0.0f && y <= 1.17549435e-38f)) atomicAdd(wrong, 1u);
+    }
+    if (!isnan(reciprocal<false>(__uint_as_float(0x7FC00000u)))) atomicAdd(wrong, 1u);
+}
+"""
+
+
+def test_every_reciprocal_without_a_branch_is_rounded_as_a_division():
+    import cupy
+
+    check_lif(2, 3, device="cuda")
+    code = assemble(next(program for program, _, _ in _kernels if program.op == "lif")) + RECIPROCALS
+    wrong = cupy.zeros(1, dtype=cupy.uint32)
+    cupy.RawModule(code=code, options=OPTIONS).get_function("count")((1056,), (256,), (wrong,))
+    assert int(wrong[0]) == 0
 
 
 ATTENTION_SIZES = [(1, 1, 1, 1, 1, 1), (32, 8, 8, 110, 110, 32), (7, 3, 2, 23, 33, 65), (4, 2, 1, 200, 500, 128)]
@@ -253,6 +285,7 @@ def test_kernels_are_clean_under_compute_sanitizer(tool):
         "for T in (1, 7, 33, 161):\n"
         "    check_lif(T, 264, tensor_tau=True, device='cuda')\n"
         "    check_norm_lif(T, 3, 33, device='cuda'); check_norm_lif(T, 2, 520, device='cuda')\n"
+        "    check_norm_lif(T, 1100, 256, device='cuda')\n"
         "for order in ('map_first', 'state_first'):\n"
         "    check_attention(5, 2, 2, 9, 40, 33, order=order, masked=True, device='cuda')\n"
         "check_attention(5, 2, 2, 9, 40, 33, fire='map', device='cuda')\n"
