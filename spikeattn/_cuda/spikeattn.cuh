@@ -62,20 +62,35 @@ __device__ inline void from_float(bf16& to, float x)
 #endif
 }
 
+// How a word is moved: what is read or written once leaves room in the cache for what is read again.
+struct Cached {
+    template <class Word>
+    __device__ static void move(Word* to, const Word* from) { *to = *from; }
+};
+struct ReadOnce {
+    template <class Word>
+    __device__ static void move(Word* to, const Word* from) { *to = __ldcs(from); }
+};
+struct WrittenOnce {
+    template <class Word>
+    __device__ static void move(Word* to, const Word* from) { __stcs(to, *from); }
+};
+
 // Moves kVector elements in as few transactions as their size allows; both sides are aligned to it, up to 16 bytes.
-template <class T>
+template <class How = Cached, class T>
 __device__ inline void move(T* to, const T* from)
 {
     const int bytes = kVector * (int)sizeof(T);
     if (bytes % 16 == 0) {
 #pragma unroll
-        for (int i = 0; i < bytes / 16; ++i) reinterpret_cast<uint4*>(to)[i] = reinterpret_cast<const uint4*>(from)[i];
+        for (int i = 0; i < bytes / 16; ++i)
+            How::move(reinterpret_cast<uint4*>(to) + i, reinterpret_cast<const uint4*>(from) + i);
     } else if (bytes == 8) {
-        *reinterpret_cast<uint2*>(to) = *reinterpret_cast<const uint2*>(from);
+        How::move(reinterpret_cast<uint2*>(to), reinterpret_cast<const uint2*>(from));
     } else if (bytes == 4) {
-        *reinterpret_cast<unsigned*>(to) = *reinterpret_cast<const unsigned*>(from);
+        How::move(reinterpret_cast<unsigned*>(to), reinterpret_cast<const unsigned*>(from));
     } else {
-        *reinterpret_cast<unsigned short*>(to) = *reinterpret_cast<const unsigned short*>(from);
+        How::move(reinterpret_cast<unsigned short*>(to), reinterpret_cast<const unsigned short*>(from));
     }
 }
 
@@ -88,13 +103,13 @@ __device__ inline void load(const T* from, float* to)
     for (int j = 0; j < kVector; ++j) to[j] = to_float(raw[j]);
 }
 
-template <class T>
+template <class How = Cached, class T>
 __device__ inline void store(T* to, const float* from)
 {
     __align__(16) T raw[kMaxVector];
 #pragma unroll
     for (int j = 0; j < kVector; ++j) from_float(raw[j], from[j]);
-    move(to, raw);
+    move<How>(to, raw);
 }
 
 // ---- surrogates ----

@@ -205,6 +205,12 @@ inline float __frcp_rn(float x) { return 1.0f / x; }
 inline float __fsqrt_rn(float a) { return std::sqrt(a); }
 inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
 
+// Hints to a cache.
+template <class T>
+T __ldcs(const T* from) { return *from; }
+template <class T>
+void __stcs(T* to, T value) { *to = value; }
+
 inline void __syncthreads() { hostsim::suspend(hostsim::State::AtBlockBarrier); }
 
 inline float __shfl_xor_sync(unsigned, float value, int lanes)

@@ -33,12 +33,12 @@ __device__ inline void load_v0(const float* v0, float v_rest, long long row, int
     for (int e = 0; e < kElements; ++e) v[e] = v0 ? *v0 : v_rest;
 }
 
-template <class T>
+template <class How = Cached, class T>
 __device__ inline void store_row(T* row, int D, const float* from)
 {
 #pragma unroll
     for (int e = 0; e < kElements; e += kVector)
-        if (is_inside(e, D)) store(row + place(e), from + e);
+        if (is_inside(e, D)) store<How>(row + place(e), from + e);
 }
 
 // A step of a row as it lies in memory: a load is on its way until its first use. Zero outside.
@@ -46,6 +46,7 @@ struct Step {
     __align__(16) unsigned words[kMaxElements];  // as many elements in each as fit, but no two vectors
 
     // From this thread's place in a row; nothing is read, and all is zero, if not `wanted`.
+    template <class How>
     __device__ void fetch(const storage* from, int D, bool wanted)
     {
         const int bytes = kVector * (int)sizeof(storage), size = bytes < 4 ? 1 : bytes / 4;
@@ -53,7 +54,7 @@ struct Step {
         for (int e = 0; e < kElements; e += kVector) {
             unsigned* to = words + e / kVector * size;
             if (wanted && is_inside(e, D)) {
-                move(reinterpret_cast<storage*>(to), from + e * kThreads);
+                move<How>(reinterpret_cast<storage*>(to), from + e * kThreads);
             } else {
 #pragma unroll
                 for (int i = 0; i < size; ++i) to[i] = 0;
@@ -140,14 +141,14 @@ SPK_ENTRY(spk_norm_lif_forward)(
         float v[kElements], current[kElements], s[kElements];
         Step next;
         load_v0(v0, v_reset, row, width, v);
-        next.fetch(x + row * D + lane_place(), width, true);
+        next.fetch<Cached>(x + row * D + lane_place(), width, true);
         for (long long t = 0; t < T; ++t) {
             const long long at = t * R + row;
             if (!kStatic || t == 0) {
 #pragma unroll
                 for (int e = 0; e < kElements; ++e) current[e] = next.element(e);
                 // The next step is on its way while this one is summed.
-                if (!kStatic) next.fetch(x + (at + R) * D + lane_place(), width, t + 1 < T);
+                if (!kStatic) next.fetch<Cached>(x + (at + R) * D + lane_place(), width, t + 1 < T);
                 const float m = __fdiv_rn(ordered_sum(current), (float)D);
 #pragma unroll
                 for (int e = 0; e < kElements; ++e) {
@@ -220,7 +221,7 @@ __device__ inline void scan(
     if (!kStatic) row.fetch_norms(t0, m, rs);
 #pragma unroll
     for (int k = 0; k < kSteps; ++k) {
-        if (!kStatic) step[k].fetch(x, row.D, !row.masked);
+        if (!kStatic) step[k].fetch<Cached>(x, row.D, !row.masked);
         x += row.next(t0 + k);
     }
     for (int t = t0; t < t0 + count; t += kSteps) {
@@ -242,7 +243,7 @@ __device__ inline void scan(
 #pragma unroll
                 for (int e = 0; e < kElements; ++e)
                     current[e] = __fadd_rn(__fmul_rn(normal(step[k].element(e), m_t, rs_t), weight[e]), bias[e]);
-                step[k].fetch(x, row.D, !row.masked);
+                step[k].fetch<Cached>(x, row.D, !row.masked);
                 x += row.next(t + kSteps + k);
             }
 #pragma unroll
@@ -283,7 +284,7 @@ __device__ inline void norm_back(
         for (int k = 0; k < count; ++k) {
 #pragma unroll
             for (int e = 0; e < kElements; ++e) g[k][e] = 0.0f;
-            if (k < valid) store_row(grad_x + k * stride, row.D, g[k]);
+            if (k < valid) store_row<WrittenOnce>(grad_x + k * stride, row.D, g[k]);
         }
         return;
     }
@@ -310,7 +311,7 @@ __device__ inline void norm_back(
 #pragma unroll
         for (int e = 0; e < kElements; ++e)
             g[k][e] = __fmul_rn(rstd[k], __fmaf_rn(-n[k][e], mean_n, __fsub_rn(g[k][e], mean_g)));
-        if (k < valid) store_row(grad_x + k * stride, row.D, g[k]);
+        if (k < valid) store_row<WrittenOnce>(grad_x + k * stride, row.D, g[k]);
     }
 }
 
@@ -321,7 +322,8 @@ __device__ inline void norm_back(
 // the last to the first), grad_v0 and, for each block, partial sums of the gradients of weight and bias to partials
 // [gridDim.x, 2, D]. Dynamic shared memory: what row_sums uses for a batch, then kThreads * kElements floats for each
 // batch of a segment but the last. Moves 3 elements of storage a neuron-step (4 with checkpoints, which add 8 / steps
-// bytes) and one more that was read shortly before. Registers leave room for kBlocks blocks on a multiprocessor.
+// bytes), and x once more, for which the other two leave room in the cache. Registers leave room for kBlocks blocks on a
+// multiprocessor.
 SPK_ENTRY(spk_norm_lif_backward, __launch_bounds__(kThreads, kBlocks))(
     const storage* SPK_RESTRICT grad_spikes, const float* SPK_RESTRICT grad_v, const storage* SPK_RESTRICT x,
     const float* SPK_RESTRICT weight, const float* SPK_RESTRICT bias, const bool* SPK_RESTRICT mask,
@@ -347,7 +349,7 @@ SPK_ENTRY(spk_norm_lif_backward, __launch_bounds__(kThreads, kBlocks))(
         Step only;
         float m_only, rs_only;
         if (kStatic) {
-            only.fetch(row.x, width, !row.masked);
+            only.fetch<ReadOnce>(row.x, width, !row.masked);
             row.fetch_norms(0, m_only, rs_only);
         }
 #pragma unroll
@@ -376,14 +378,14 @@ SPK_ENTRY(spk_norm_lif_backward, __launch_bounds__(kThreads, kBlocks))(
                 if (!kStatic) row.fetch_norms(first, m, rs);
 #pragma unroll
                 for (int k = 0; k < kSteps; ++k) {
-                    if (!kStatic) step[k].fetch(x_t, width, !row.masked);
+                    if (!kStatic) step[k].fetch<ReadOnce>(x_t, width, !row.masked);
                     if (k + 1 < kSteps) x_t += row.next(first + k);
                 }
                 const int end = kWhole || first + kSteps <= T ? first + kSteps : (int)T;
                 const storage* grad_t = grad_spikes + ((end - 1) * R + r) * D + lane_place();
 #pragma unroll
                 for (int k = kSteps - 1; k >= 0 && k >= kSteps - 2; --k) {
-                    grads[k % 2].fetch(grad_t, width, true);
+                    grads[k % 2].fetch<ReadOnce>(grad_t, width, true);
                     if (kWhole || first + k < T) grad_t -= row.stride;
                 }
 #pragma unroll
@@ -412,7 +414,7 @@ SPK_ENTRY(spk_norm_lif_backward, __launch_bounds__(kThreads, kBlocks))(
                         for (int e = 0; e < kElements; ++e) g[k][e] = 0.0f;
                     }
                     if (k < 2) continue;
-                    grads[k % 2].fetch(grad_t, width, true);
+                    grads[k % 2].fetch<ReadOnce>(grad_t, width, true);
                     if (kWhole || first + k - 2 < T) grad_t -= row.stride;
                 }
                 storage* to = grad_x + (first * R + r) * D;
