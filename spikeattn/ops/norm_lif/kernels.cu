@@ -124,6 +124,14 @@ __device__ inline float ordered_sum(const float* x)
 
 #ifdef SPK_FORWARD
 
+// sum / D, where D is a power of two that is known by a product, which has the same bits.
+__device__ inline float over_row(float sum, int D)
+{
+    const int full = kThreads * kElements;
+    if (kInside == kElements && (full & (full - 1)) == 0) return __fmul_rn(sum, 1.0f / (float)full);
+    return __fdiv_rn(sum, (float)D);
+}
+
 // Writes spikes, the last potential, mean and rstd. Moves 2 elements of storage a neuron-step.
 SPK_ENTRY(spk_norm_lif_forward)(
     const storage* SPK_RESTRICT x, const float* SPK_RESTRICT weight, const float* SPK_RESTRICT bias,
@@ -149,13 +157,13 @@ SPK_ENTRY(spk_norm_lif_forward)(
                 for (int e = 0; e < kElements; ++e) current[e] = next.element(e);
                 // The next step is on its way while this one is summed.
                 if (!kStatic) next.fetch<Cached>(x + (at + R) * D + lane_place(), width, t + 1 < T);
-                const float m = __fdiv_rn(ordered_sum(current), (float)D);
+                const float m = over_row(ordered_sum(current), width);
 #pragma unroll
                 for (int e = 0; e < kElements; ++e) {
                     const float centred = is_inside(e, width) ? __fsub_rn(current[e], m) : 0.0f;
                     s[e] = __fmul_rn(centred, centred);
                 }
-                const float variance = __fdiv_rn(ordered_sum(s), (float)D);
+                const float variance = over_row(ordered_sum(s), width);
                 const float rs = __frcp_rn(__fsqrt_rn(__fadd_rn(variance, eps)));
                 if (threadIdx.x == 0) {
                     mean[at] = m;
