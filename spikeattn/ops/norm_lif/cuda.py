@@ -1,6 +1,6 @@
 """Launch plans of the CUDA kernels and the calls that allocate their outputs. Layout and bytes: ``README.md``."""
 
-from functools import cache, lru_cache
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -24,7 +24,7 @@ from spikeattn._leak import leak
 
 MAX_WIDTH = 4096  # elements of a row
 MAX_BLOCKS = 2**16
-PROCESSORS = 132  # of an H100; on the way back the grid fills a device once, and each block has its partial sums
+PROCESSORS = 132  # that the grid fills on the way back, an H100: each block has partial sums, the same on any device
 BUSY_WARPS = 1024  # below this, on the way back, fewer elements a thread that keep more threads busy are preferred
 
 FORWARD_ELEMENTS = {32: 16, 128: 32}  # most elements of a row that a thread holds, by threads a row
@@ -63,13 +63,11 @@ def plan_norm_lif_forward(T: int, R: int, D: int, storage: str, aligned: bool = 
     return LaunchPlan(f"spk_norm_lif_forward_{storage}", (min(R, MAX_BLOCKS), 1, 1), (threads, 1, 1), shared, constants)
 
 
-def plan_norm_lif_backward(
-    T: int, R: int, D: int, storage: str, aligned: bool = True, processors: int = PROCESSORS
-) -> LaunchPlan:
+def plan_norm_lif_backward(T: int, R: int, D: int, storage: str, aligned: bool = True) -> LaunchPlan:
     """Plan of ``spk_norm_lif_backward``."""
     tile = backward_tile(R, D, storage, aligned)
     batch, blocks = _batch(T, tile), _blocks(tile)
-    grid = min(R, processors * blocks)
+    grid = min(R, PROCESSORS * blocks)
     batches = -(-segment_steps(T, tile) // batch)
     shared = _sums_bytes(T, tile) + (batches - 1) * _batch_bytes(tile)
     constants = (*_constants(D, tile), ("kSteps", batch), ("kWhole", int(T % batch == 0)), ("kBlocks", blocks))
@@ -101,11 +99,6 @@ def segment_steps(T: int, tile: Tile) -> int:
     share = min(MAX_SHARED_BYTES, WARP_SHARED_BYTES * tile.threads // 32)
     kept = (share - _sums_bytes(T, tile)) // _batch_bytes(tile)
     return min(T, (kept + 1) * _batch(T, tile))
-
-
-@cache
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else PROCESSORS
 
 
 def _power_of_two(x: int) -> int:
@@ -150,17 +143,9 @@ def _forward_program(T: int, R: int, D: int, storage: str, aligned: bool, option
 
 @lru_cache(maxsize=1024)
 def _backward_program(
-    T: int,
-    R: int,
-    D: int,
-    storage: str,
-    aligned: bool,
-    processors: int,
-    options: Constants,
-    neuron: tuple,
-    gradient: tuple,
+    T: int, R: int, D: int, storage: str, aligned: bool, options: Constants, neuron: tuple, gradient: tuple
 ) -> Planned:
-    plan = plan_norm_lif_backward(T, R, D, storage, aligned, processors)
+    plan = plan_norm_lif_backward(T, R, D, storage, aligned)
     constants = plan.constants + options + neuron_constants(*neuron) + gradient_constants(*gradient)
     return plan, Program("norm_lif", "backward", storage, constants, gradient[-1])
 
@@ -234,8 +219,7 @@ def norm_lif_backward_cuda(
     grad_spikes, grad_v = grad_spikes.to(x.dtype).contiguous(), None if grad_v is None else as_float(grad_v)
     weight, bias = as_float(weight), as_float(bias)
     aligned = are_aligned(grad_spikes, grad_v, x, weight, bias, v0)
-    sizes = (T, R, D, storage, aligned, _processors(x.device))
-    plan, program = _backward_program(*sizes, _options(x, T, scalar_v0), neuron, gradient)
+    plan, program = _backward_program(T, R, D, storage, aligned, _options(x, T, scalar_v0), neuron, gradient)
     tile = backward_tile(R, D, storage, aligned)
     steps = segment_steps(T, tile)
     partials = grad_v0.new_empty(plan.grid[0], 2, D)
