@@ -174,6 +174,27 @@ __device__ inline float derivative(float x, float a, float b)
     }
 }
 
+// a * b + c, rounded once, subnormal numbers included.
+__device__ inline float fma_subnormal(float a, float b, float c)
+{
+#ifdef SPK_HOSTSIM
+    return __fmaf_rn(a, b, c);
+#else
+    float y;
+    asm("fma.rn.f32 %0, %1, %2, %3;" : "=f"(y) : "f"(a), "f"(b), "f"(c));
+    return y;
+#endif
+}
+
+// a / b of b from 1 to 2^126, rounded as a division if a is at least 2^-103, without its branch: the product with
+// 1 / b, which may be a unit of the last place off, corrected by what it leaves of a. A smaller a may stay a unit off.
+__device__ inline float quotient(float a, float b)
+{
+    const float r = __frcp_rn(b), q = __fmul_rn(a, r);
+    const float rest = fminf(fma_subnormal(q, -b, a), 3.40282347e38f);  // of infinity a number: the quotient stays one
+    return fma_subnormal(rest, r, q);
+}
+
 // ---- the neuron ----
 // Equations: README.md of ops/lif. v_reset is 0 with a soft reset, where nothing but the leak reads it.
 
@@ -182,14 +203,21 @@ struct Neuron {
     float v_threshold, v_reset;
     float a, b;  // of the surrogate
 
-    __device__ float scaled(float x) const { return kDivide ? __fdiv_rn(x, leak) : __fmul_rn(x, leak); }
+    // Without a `branch`, here and below, many neurons of a thread go through at once, in more registers.
+    template <bool branch = true>
+    __device__ float scaled(float x) const
+    {
+        if (!kDivide) return __fmul_rn(x, leak);
+        return branch ? __fdiv_rn(x, leak) : quotient(x, leak);
+    }
 
     // H[t] of X[t] and V[t-1].
+    template <bool branch = true>
     __device__ float charge(float x, float v) const
     {
         const float above = __fsub_rn(v, v_reset);
-        if (kDecayInput) return __fadd_rn(v, scaled(__fsub_rn(x, above)));
-        return __fadd_rn(__fsub_rn(v, scaled(above)), x);
+        if (kDecayInput) return __fadd_rn(v, scaled<branch>(__fsub_rn(x, above)));
+        return __fadd_rn(__fsub_rn(v, scaled<branch>(above)), x);
     }
 
     __device__ bool fires(float h) const { return h >= v_threshold; }
@@ -202,7 +230,7 @@ struct Neuron {
         return __fmaf_rn(0.0f, h, v_reset);  // S v_reset + (1 - S) H: NaN if H is infinite, as in the reference
     }
 
-    // dL/dH[t] of dL/dS[t] and dL/dV[t] = carry. Without a branch many neurons go through at once, in more registers.
+    // dL/dH[t] of dL/dS[t] and dL/dV[t] = carry.
     template <bool branch = true>
     __device__ float grad_h(float grad_s, float carry, float h) const
     {
@@ -223,9 +251,10 @@ struct Neuron {
     }
 
     // Turns carry = dL/dV[t] into dL/dV[t-1] and returns dL/dX[t].
+    template <bool branch = true>
     __device__ float step_back(float grad_h, float& carry) const
     {
-        const float through = scaled(grad_h);
+        const float through = scaled<branch>(grad_h);
         carry = __fsub_rn(grad_h, through);
         return kDecayInput ? through : grad_h;
     }

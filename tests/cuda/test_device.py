@@ -69,24 +69,30 @@ def test_many_rows_have_the_bits_of_the_definition(size, dtype):
     check_norm_lif(*size, dtype=dtype, device="cuda")
 
 
-RECIPROCALS = """
+QUOTIENTS = """
 extern "C" __global__ void count(unsigned* wrong)
 {
     const long long first = 0x00800000, infinity = 0x7F800000, large = 0x7E800000;  // 2^-126, and 2^126
     for (long long i = first + blockIdx.x * blockDim.x + threadIdx.x; i <= infinity; i += gridDim.x * blockDim.x) {
         const float x = __uint_as_float((unsigned)i), y = reciprocal<false>(x);
         if (i < large ? y != reciprocal<true>(x) : !(y >= 0.0f && y <= 1.17549435e-38f)) atomicAdd(wrong, 1u);
+        const float divisors[] = {10.0f, 1.5f, 3.0f, 1.9999999f, 1e9f};
+        for (float b : divisors) {
+            const float z = __fdiv_rn(x, b);  // of which below 1e-30 a unit of the last place is allowed
+            if (z > 1e-30f && (quotient(x, b) != z || quotient(-x, b) != -z)) atomicAdd(wrong, 1u);
+        }
     }
-    if (!isnan(reciprocal<false>(__uint_as_float(0x7FC00000u)))) atomicAdd(wrong, 1u);
+    const float nan = __uint_as_float(0x7FC00000u);
+    if (!isnan(reciprocal<false>(nan)) || !isnan(quotient(nan, 10.0f))) atomicAdd(wrong, 1u);
 }
 """
 
 
-def test_every_reciprocal_without_a_branch_is_rounded_as_a_division():
+def test_every_reciprocal_and_quotient_without_a_branch_is_rounded_as_a_division():
     import cupy
 
     check_lif(2, 3, device="cuda")
-    code = assemble(next(program for program, _, _ in _kernels if program.op == "lif")) + RECIPROCALS
+    code = assemble(next(program for program, _, _ in _kernels if program.op == "lif")) + QUOTIENTS
     wrong = cupy.zeros(1, dtype=cupy.uint32)
     cupy.RawModule(code=code, options=OPTIONS).get_function("count")((1056,), (256,), (wrong,))
     assert int(wrong[0]) == 0

@@ -175,7 +175,7 @@ SPK_ENTRY(spk_norm_lif_forward)(
             }
 #pragma unroll
             for (int e = 0; e < kElements; ++e) {
-                const float h = neuron.charge(current[e], v[e]);
+                const float h = neuron.charge<false>(current[e], v[e]);
                 s[e] = neuron.fires(h) ? 1.0f : 0.0f;
                 v[e] = neuron.reset(h);
             }
@@ -255,7 +255,7 @@ __device__ inline void scan(
                 x += row.next(t + kSteps + k);
             }
 #pragma unroll
-            for (int e = 0; e < kElements; ++e) v[e] = neuron.reset(neuron.charge(current[e], v[e]));
+            for (int e = 0; e < kElements; ++e) v[e] = neuron.reset(neuron.charge<false>(current[e], v[e]));
         }
     }
 }
@@ -330,8 +330,8 @@ __device__ inline void norm_back(
 // the last to the first), grad_v0 and, for each block, partial sums of the gradients of weight and bias to partials
 // [gridDim.x, 2, D]. Dynamic shared memory: what row_sums uses for a batch, then kThreads * kElements floats for each
 // batch of a segment but the last. Moves 3 elements of storage a neuron-step (4 with checkpoints, which add 8 / steps
-// bytes), and x once more, for which the other two leave room in the cache. Registers leave room for kBlocks blocks on a
-// multiprocessor.
+// bytes), and x once more, for which the other two leave room in the cache. Registers leave room for kBlocks blocks on
+// a multiprocessor.
 SPK_ENTRY(spk_norm_lif_backward, __launch_bounds__(kThreads, kBlocks))(
     const storage* SPK_RESTRICT grad_spikes, const float* SPK_RESTRICT grad_v, const storage* SPK_RESTRICT x,
     const float* SPK_RESTRICT weight, const float* SPK_RESTRICT bias, const bool* SPK_RESTRICT mask,
@@ -404,7 +404,7 @@ SPK_ENTRY(spk_norm_lif_backward, __launch_bounds__(kThreads, kBlocks))(
                     for (int e = 0; e < kElements; ++e) {
                         n[k][e] = kStatic ? 0.0f : normal(step[k].element(e), m_t, rs_all[k]);
                         const float current = kStatic ? same[e] : __fadd_rn(__fmul_rn(n[k][e], w[e]), bi[e]);
-                        g[k][e] = neuron.charge(current, v[e]);
+                        g[k][e] = neuron.charge<false>(current, v[e]);
                         v[e] = neuron.reset(g[k][e]);
                     }
                 }
@@ -414,7 +414,7 @@ SPK_ENTRY(spk_norm_lif_backward, __launch_bounds__(kThreads, kBlocks))(
 #pragma unroll
                         for (int e = 0; e < kElements; ++e) {
                             const float grad_h = neuron.grad_h<false>(grads[k % 2].element(e), carry[e], g[k][e]);
-                            g[k][e] = neuron.step_back(grad_h, carry[e]);
+                            g[k][e] = neuron.step_back<false>(grad_h, carry[e]);
                             total[0][e] = __fadd_rn(total[0][e], g[k][e]);
                         }
                     } else {
