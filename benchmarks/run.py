@@ -61,10 +61,11 @@ def main() -> None:
         for make in tqdm(makers, desc=suite.name, disable=not sys.stderr.isatty()):
             rows.append(measure(make(), options.device, 0.0 if options.quick else options.seconds, options.skip))
             print(row_summary(rows[-1]), flush=True)
-        results["suites"][suite.name] = {"machine": machine, "rows": rows}
-        if not options.quick:  # after each, so that a run that is stopped leaves what it has measured
-            path.parent.mkdir(exist_ok=True)
-            path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+            results["suites"][suite.name] = {"machine": machine, "rows": rows}
+            if not options.quick:  # after each row, so that a run that is stopped leaves what it has measured
+                path.parent.mkdir(exist_ok=True)
+                path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        if not options.quick:
             print(f"written: {path}")
 
 
