@@ -11,8 +11,13 @@ from spikeattn.ops.lif.cuda import lif_backward_cuda, lif_forward_cuda
 from spikeattn.ops.lif.reference import lif_backward_reference, lif_reference
 from spikeattn.ops.norm_lif.cuda import norm_lif_backward_cuda, norm_lif_forward_cuda
 from spikeattn.ops.norm_lif.reference import norm_lif_backward_reference, norm_lif_reference
-from spikeattn.ops.spiking_attention.cuda import attention_backward_cuda, attention_forward_cuda
-from spikeattn.ops.spiking_attention.reference import masked, product, spiking_attention_reference
+from spikeattn.ops.spiking_attention.cuda import (
+    attention_backward_cuda,
+    attention_bits_cuda,
+    attention_forward_cuda,
+    attention_gradients_cuda,
+)
+from spikeattn.ops.spiking_attention.reference import masked, product, product_backward, spiking_attention_reference
 from spikeattn.ops.surrogate import ATan, Surrogate
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -176,13 +181,30 @@ def check_attention(
     on_device = move(list(inputs), device)
     got = attention_forward_cuda(*on_device, fire, order, causal, *settings)
     assert_equal([got.transpose(2, 3)], [wanted.transpose(2, 3).contiguous()])
+    grad = torch.randn(T, B, L, H, E).to(dtype).transpose(2, 3)
+    products = grad.double() * inputs.scale.double()
     if fire == "output":
-        grad = torch.randn(T, B, L, H, E).to(dtype).transpose(2, 3)
-        _check_attention_backward(grad, inputs, on_device, order, causal, settings, neuron, surrogate, exact)
+        products = _check_attention_backward(grad, inputs, on_device, order, causal, settings, neuron, surrogate, exact)
+    if fire != "map":
+        neuron_settings = (*settings, neuron.detach_reset, surrogate.name, surrogate.alpha)
+        got = attention_gradients_cuda(*move([grad], device), *on_device, fire, order, causal, *neuron_settings)
+        _check_attention_gradients(got, products, *inputs, causal)
 
 
-def _check_attention_backward(grad, inputs, on_device, order, causal, settings, neuron, surrogate, exact) -> None:
-    """``scale dL/dY`` of ``inputs`` and of the same tensors ``on_device``."""
+def _check_attention_gradients(got, grad, q, k, v, scale, query_mask, key_mask, causal) -> None:
+    """Gradients from that of the products, ``grad`` in float64: as near as G, its sums and the result are rounded."""
+    masks = (query_mask, key_mask, key_mask)
+    own = (masked(x, mask, torch.float64) for x, mask in zip((q, k, v), masks, strict=True))
+    bound = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 0.02}[q.dtype]
+    for result, truth, x, mask in zip(got, product_backward(grad, *own, causal), (q, k, v), masks, strict=True):
+        truth = masked(truth, mask, torch.float64)
+        assert result.dtype == x.dtype
+        assert result.stride() == torch.empty_like(x).stride()
+        assert (result.cpu().double() - truth).abs().max() <= bound * truth.abs().max()
+
+
+def _check_attention_backward(grad, inputs, on_device, order, causal, settings, neuron, surrogate, exact) -> Tensor:
+    """``scale dL/dY`` of ``inputs`` and of the same tensors ``on_device``; returns the definition's."""
     q, k, v, scale, *masks = inputs
     current = product(*(masked(x, mask) for x, mask in zip((q, k, v), (*masks, masks[1]), strict=True)), order, causal)
     definition, truth = (
@@ -194,13 +216,24 @@ def _check_attention_backward(grad, inputs, on_device, order, causal, settings, 
         for dtype in (torch.float32, torch.float64)
     )  # fmt: skip
     alpha = (surrogate.name, surrogate.alpha)
+    bits = attention_bits_cuda(*on_device[:3], *on_device[4:], "output", order, causal, False)
     result = attention_backward_cuda(
-        *move([grad], on_device[0].device), *on_device, order, causal, *settings, neuron.detach_reset, *alpha
-    )
+        *move([grad], on_device[0].device),
+        *on_device,
+        order,
+        causal,
+        *settings,
+        neuron.detach_reset,
+        *alpha,
+        None,
+        bits,
+    )[..., : q.shape[-1]]
     if exact:
-        assert_equal([result], [definition])
+        assert result.dtype == (torch.bfloat16 if q.dtype == torch.bfloat16 else torch.float32)
+        assert_equal([result.contiguous()], [definition.to(result.dtype)])
     else:
-        assert_near([result], [definition], [truth])
+        assert_near([result.contiguous()], [definition], [truth])
+    return definition.double()  # whose spikes are those of the kernel
 
 
 def move(tensors: list[Tensor | None], device: str | torch.device) -> list[Tensor | None]:

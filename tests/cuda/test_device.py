@@ -113,6 +113,14 @@ def test_every_attention_has_the_bits_of_the_definition(size, way, dtype):
 
 
 @pytest.mark.parametrize("causal", [False, True])
+def test_long_sequences_have_the_bits_of_the_definition(causal):
+    """Sums of parts, and counts of three bytes: of 70 000 keys almost all spike."""
+    check_attention(2, 1, 2, 2100, 2100, 64, order="state_first", causal=causal, device="cuda")
+    if not causal:
+        check_attention(1, 1, 1, 3, 70_000, 2, order="state_first", rate=0.999, device="cuda")
+
+
+@pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("way", WAYS, ids=ids)
 def test_numbers_that_are_no_spikes_are_multiplied(way, causal):
     for odd in range(3):

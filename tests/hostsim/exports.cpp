@@ -5,13 +5,18 @@
 #define SPK_BACKWARD
 #define SPK_PACK
 #define SPK_STATES
+#define SPK_STATES_BACK
+#define SPK_GATHER
+#define SPK_SCAN
+#define SPK_GRADIENTS
 #define SPK_MAP
 
 #define HOSTSIM_CONSTANTS(each)                                                                               \
     each(kVector) each(kSteps) each(kPacked) each(kStatic) each(kTensorTau) each(kDecayInput) each(kHardReset) \
         each(kDetachReset) each(kDivide) each(kSurrogate) each(kVSeq) each(kThreads) each(kElements) \
         each(kWhole) each(kInside) each(kBlocks) each(kScalarV0) \
-        each(kWords) each(kRows) each(kGroups) each(kTransposed) each(kStateFirst) each(kCausal) each(kFires)
+        each(kWords) each(kRows) each(kGroups) each(kSplit) each(kPieces) each(kStateFirst) each(kCausal) each(kFires) \
+        each(kAligned) each(kTiles)
 
 #define DECLARE(name) static int name;
 HOSTSIM_CONSTANTS(DECLARE)
@@ -33,8 +38,11 @@ namespace norm_lif {
 }
 namespace spiking_attention {
 #include "ops/spiking_attention/kernels.cu"
+#include "ops/spiking_attention/attend.cu"
+#include "ops/spiking_attention/gradients.cu"
 #include "ops/spiking_attention/map.cu"
 #include "ops/spiking_attention/pack.cu"
+#include "ops/spiking_attention/states.cu"
 }
 using namespace lif;
 using namespace norm_lif;
@@ -46,6 +54,10 @@ HOSTSIM_EXPORT(spk_norm_lif_forward)
 HOSTSIM_EXPORT(spk_norm_lif_backward)
 HOSTSIM_EXPORT(spk_attention_pack)
 HOSTSIM_EXPORT(spk_attention_states)
+HOSTSIM_EXPORT(spk_attention_states_back)
+HOSTSIM_EXPORT(spk_attention_gather)
+HOSTSIM_EXPORT(spk_attention_scan)
+HOSTSIM_EXPORT(spk_attention_gradients)
 HOSTSIM_EXPORT(spk_attention_forward)
 HOSTSIM_EXPORT(spk_attention_backward)
 HOSTSIM_EXPORT(spk_attention_map)

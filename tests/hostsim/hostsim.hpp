@@ -46,7 +46,8 @@ struct Fibre {
     std::vector<char> stack = std::vector<char>(HOSTSIM_STACK);
     State state;
     dim3 thread;
-    uint32_t offer;  // what this lane gives to its warp
+    uint32_t offer;     // what this lane gives to its warp
+    uint32_t tiles[6];  // its registers of the two sides of a product
 };
 
 static std::vector<Fibre> fibres;
@@ -165,6 +166,54 @@ auto exchange(uint32_t value, Read read)
     return result;
 }
 
+// The register of row `row` and column `column` of a tile [rows, columns] of elements of `size` bytes, in the layout of
+// mma.sync: which lane, which register, which bit the element begins at.
+struct Place {
+    size_t lane, index, shift;
+
+    Place(size_t row, size_t column, size_t size)
+        : lane(row % 8 * 4 + column * size / 4 % 4), index(row / 8 + column * size / 16 * 2), shift(column * size % 4 * 8)
+    {
+    }
+};
+
+// c += a b, a [16, K] and b [K, 8], as mma.sync.m16n8k(32 / size) has it; `number` makes a number of 32 bits that begin
+// with the element. A column of b lies as a row of a does.
+template <class T, class Number>
+void multiply_add(T* c, const unsigned* a, const unsigned* b, size_t size, Number number)
+{
+    Fibre& self = fibres[current];
+    std::copy(a, a + 4, self.tiles);
+    std::copy(b, b + 2, self.tiles + 4);
+    suspend(State::AtWarpBarrier);
+    const Fibre* warp = &fibres[current & ~size_t(31)];
+    const size_t lane = current % 32;
+    for (size_t n = 0; n < 4; ++n) {
+        const size_t row = lane / 4 + n / 2 * 8, column = lane % 4 * 2 + n % 2;
+        for (size_t k = 0; k < 32 / size; ++k) {
+            const Place left(row, k, size), right(column, k, size);
+            c[n] += number(warp[left.lane].tiles[left.index] >> left.shift) *
+                    number(warp[right.lane].tiles[4 + right.index / 2] >> right.shift);
+        }
+    }
+    suspend(State::AtWarpBarrier);  // nobody offers again before all have read
+}
+
+inline void multiply_add_bytes(int* c, const unsigned* a, const unsigned* b)
+{
+    multiply_add(c, a, b, 1, [](uint32_t bits) { return int(bits & 255); });
+}
+
+inline void multiply_add_bf16(float* c, const unsigned* a, const unsigned* b)
+{
+    multiply_add(c, a, b, 2, [](uint32_t bits) {
+        float x;
+        bits <<= 16;
+        std::memcpy(&x, &bits, sizeof x);
+        return x;
+    });
+}
+
 inline float half_to_float(unsigned short bits)
 {
     _Float16 x;
@@ -217,6 +266,13 @@ inline float __shfl_xor_sync(unsigned, float value, int lanes)
 {
     return hostsim::exchange(__float_as_uint(value), [=](const hostsim::Fibre* warp, size_t, size_t lane) {
         return __uint_as_float(warp[lane ^ size_t(lanes)].offer);
+    });
+}
+
+inline unsigned __shfl_xor_sync(unsigned, unsigned value, int lanes)
+{
+    return hostsim::exchange(value, [=](const hostsim::Fibre* warp, size_t, size_t lane) {
+        return warp[lane ^ size_t(lanes)].offer;
     });
 }
 

@@ -10,6 +10,7 @@ from kernel_cases import DTYPES, Neuron, check_attention, check_lif, check_norm_
 import spikeattn.ops.lif.cuda as lif
 import spikeattn.ops.norm_lif.cuda as norm_lif
 import spikeattn.ops.spiking_attention.cuda as attention
+import spikeattn.ops.spiking_attention.cuda_plans as attention_plans
 
 FLAGS = ("-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer")
 
@@ -17,7 +18,7 @@ if __name__ == "__main__":
     emulator = Emulator(Path(sys.argv[1]), flags=FLAGS, stack=256 * 1024)
     lif.launch = norm_lif.launch = attention.launch = emulator.launch
     lif.BUSY_THREADS = 1  # so that few neurons, too, are loaded 16 bytes each
-    attention.BUSY_WARPS = norm_lif.BUSY_WARPS = 1
+    attention_plans.BUSY_WARPS = norm_lif.BUSY_WARPS = 1
     for dtype in DTYPES:
         for T in (1, 7, 33, 161):
             for N in (1, 33, 40):

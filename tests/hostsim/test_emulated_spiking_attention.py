@@ -7,15 +7,16 @@ import pytest
 import torch
 from cases import SURROGATES, ids
 from emulator import CUSTOM
-from kernel_cases import DTYPES, Neuron, attention_inputs, check_attention
+from kernel_cases import DTYPES, Neuron, assert_equal, attention_inputs, check_attention
 
 from spikeattn import ATan
-from spikeattn.ops.spiking_attention import cuda
+from spikeattn.ops.spiking_attention import cuda, cuda_plans
+from spikeattn.ops.spiking_attention.op import _attention as attend
 from spikeattn.ops.spiking_attention.op import spiking_attention_backward, spiking_attention_forward
 
 pytestmark = pytest.mark.kernel
 
-# (T, B, H, L, S, E): one of each, groups of 32 keys that do and do not fill, one to four words a token, tiles of
+# (T, B, H, L, S, E): one of each, groups of 32 keys that do and do not fill, one to four words a token, tiles of 16
 # queries that do and do not fill.
 SIZES = [(1, 1, 1, 1, 1, 1), (3, 2, 1, 5, 33, 8), (4, 1, 2, 9, 64, 32), (2, 2, 2, 17, 7, 33), (3, 1, 1, 3, 70, 65)]
 SIZES += [(2, 1, 1, 6, 40, 128)]
@@ -25,7 +26,7 @@ WAYS = [("output", "map_first"), (None, "map_first"), ("output", "state_first"),
 @pytest.fixture(autouse=True)
 def _wide_tiles(monkeypatch):
     """Several queries a warp, although so few keep no device busy."""
-    monkeypatch.setattr(cuda, "BUSY_WARPS", 1)
+    monkeypatch.setattr(cuda_plans, "BUSY_WARPS", 1)
 
 
 @pytest.mark.parametrize("way", WAYS, ids=ids)
@@ -37,13 +38,38 @@ def test_every_size_has_the_bits_of_the_definition(emulated, size, way):
 
 @pytest.mark.parametrize("busy", [5, 12, 2**12])
 def test_narrower_tiles_give_the_same_bits(emulated, busy, monkeypatch):
-    monkeypatch.setattr(cuda, "BUSY_WARPS", busy)
+    monkeypatch.setattr(cuda_plans, "BUSY_WARPS", busy)
     for fire, order in WAYS:
         check_attention(2, 1, 2, 9, 33, 33, fire=fire, order=order)
 
 
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("E", [9, 70])
+def test_long_sequences_are_summed_in_parts(emulated, E, causal, monkeypatch):
+    monkeypatch.setattr(cuda_plans, "BUSY_WARPS", 2**12)
+    plans = [cuda_plans.plan_states(2, 530, E, "f32", causal), *cuda_plans.plan_gather(2, 530, E, "f32", causal)]
+    assert dict(plans[0].constants)["kSplit"] == (8 if E == 9 and not causal else 4)
+    assert plans[2] == (9 if causal else 4)
+    check_attention(2, 1, 1, 530, 530, E, order="state_first", causal=causal, masked=True)
+
+
+@pytest.mark.parametrize("S", [255, 256, 300])
+def test_counts_of_more_than_a_byte_are_exact(emulated, S, monkeypatch):
+    """Three bytes at 300, too, as from 2**16 keys on, which take minutes here and a moment in tests/cuda."""
+    assert [dict(cuda_plans.plan_states(1, n, 2, "f32", False).constants)["kPieces"] for n in (S, 2**16)] == [
+        1 + (S > 255),
+        3,
+    ]
+    if S == 300:
+        monkeypatch.setattr(cuda_plans, "pieces_of", lambda S: 3)
+        monkeypatch.setattr(cuda, "pieces_of", lambda S: 3)
+        cuda_plans.plan_states.cache_clear()
+    for fire in ("output", None):
+        check_attention(1, 1, 1, 3, S, 2, fire=fire, order="state_first", rate=0.999)
+
+
 @pytest.mark.parametrize("way", WAYS, ids=ids)
-@pytest.mark.parametrize("size", [(2, 2, 1, 35, 9), (2, 1, 2, 70, 40), (3, 1, 1, 1, 4), (1, 1, 1, 128, 8)], ids=ids)
+@pytest.mark.parametrize("size", [(2, 2, 1, 35, 9), (2, 1, 2, 150, 40), (3, 1, 1, 1, 4), (1, 1, 1, 128, 8)], ids=ids)
 def test_causal_tokens_see_what_the_definition_lets_them_see(emulated, size, way):
     T, B, H, L, E = size
     check_attention(T, B, H, L, L, E, fire=way[0], order=way[1], causal=True, masked=B > 1)
@@ -80,7 +106,7 @@ def test_silence_and_saturation(emulated, rate):
 
 
 def test_more_tiles_than_the_grid_has_are_reached_by_striding(emulated, monkeypatch):
-    monkeypatch.setattr(cuda, "MAX_BLOCKS", 1)
+    monkeypatch.setattr(cuda_plans, "MAX_BLOCKS", 1)
     for fire, order in WAYS:
         check_attention(2, 2, 2, 9, 5, 8, fire=fire, order=order, masked=True)
 
@@ -143,23 +169,52 @@ def test_the_registered_operations_take_the_kernels_and_give_the_gradients(emula
         settings = (fire, "map_first", causal, 2.0, 1.0, 0.0, True, "atan", 2.0, backend)
         out = spiking_attention_forward(*inputs, *settings)
         results[backend] = (out, *spiking_attention_backward(grad, *inputs, *settings))
+    assert torch.equal(results["cupy"][0], results["torch"][0])
     for wanted, got in zip(results["torch"], results["cupy"], strict=True):
         assert got.stride() == wanted.stride()
-        assert torch.equal(got, wanted)
-    kernels = {"map": {"map"}, None: {"forward"}, "output": {"forward", "backward"}}[fire]
-    assert set(launched) == {f"spk_attention_{name}_f32" for name in kernels | {"pack"}}
+        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)
+    kernels = {"map": {"map"}, None: {"forward"}, "output": {"forward", "backward"}}[fire] | {"pack"}
+    if fire != "map":
+        kernels |= {"states_back", "gather", "gradients"} | ({"scan"} if causal else set())
+    assert set(launched) == {f"spk_attention_{name}_f32" for name in kernels}
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("fire", ["output", None])
+def test_training_packs_once_and_gives_the_same_bits(emulated, fire, causal, monkeypatch):
+    launched = Counter()
+
+    def launch(plan, program, args, device):
+        launched[plan.kernel] += 1
+        emulated.launch(plan, program, args, device)
+
+    monkeypatch.setattr(cuda, "launch", launch)
+    q, k, v, *rest = attention_inputs(4, 2, 2, 6, 6, 16, rate=0.4, dtype=torch.float32, fire=fire, masked=True)
+    settings = (fire, "state_first", causal, 2.0, 1.0, 0.0, True, "atan", 2.0, "cupy")
+    grad = torch.randn_like(q)
+    wanted = spiking_attention_backward(grad, q, k, v, *rest, *settings)
+    assert launched.pop("spk_attention_pack_f32") == 1
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    out = attend(*leaves, *rest, *settings)
+    got = torch.autograd.grad(out, leaves, grad)
+    assert launched["spk_attention_pack_f32"] == 1
+    assert torch.equal(out, spiking_attention_forward(q, k, v, *rest, *settings))
+    assert_equal([x.contiguous() for x in got], [x.contiguous() for x in wanted])
 
 
 def test_a_surrogate_of_ones_own_reaches_the_backward(emulated):
     inputs = attention_inputs(4, 1, 1, 3, 5, 8, rate=0.5, dtype=torch.float32, fire="output", masked=False)
-    settings = (torch.randn(4, 1, 1, 3, 8), *inputs, "auto", False, 2.0, 1.0, 0.0, True)
-    own = cuda.attention_backward_cuda(*settings, "custom_0", 1.0, CUSTOM)
-    assert torch.equal(own, cuda.attention_backward_cuda(*settings, "atan", ATan(2.0).alpha))
+    settings = (torch.randn(4, 1, 1, 3, 8), *inputs, "output", "auto", False, 2.0, 1.0, 0.0, True)
+    own = cuda.attention_gradients_cuda(*settings, "custom_0", 1.0, CUSTOM)
+    assert_equal(own, cuda.attention_gradients_cuda(*settings, "atan", ATan(2.0).alpha))
 
 
 def test_what_the_kernels_leave_to_products():
-    assert cuda.takes(10**6, 128, "output")
-    assert cuda.takes(10**6, 128, None)
-    assert not cuda.takes(1, 129, "output")
-    assert cuda.takes(512, 128, "map")
-    assert not cuda.takes(513, 8, "map")
+    assert cuda_plans.takes((4, 1, 8, 10**6, 128), 10**6, "output")
+    assert cuda_plans.takes((4, 1, 8, 10**6, 128), 10**6, None)
+    assert not cuda_plans.takes((1, 1, 1, 1, 129), 1, "output")
+    assert not cuda_plans.takes((1, 1, 1, 2**24, 1), 1, "output")
+    assert not cuda_plans.takes((1, 1, 1, 1, 1), 2**24, "output")
+    assert not cuda_plans.takes((2**14, 2**14, 1, 1, 1), 1, "output")
+    assert cuda_plans.takes((1, 1, 1, 600, 128), 512, "map")
+    assert not cuda_plans.takes((1, 1, 1, 1, 8), 513, "map")

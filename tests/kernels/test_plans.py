@@ -16,7 +16,15 @@ from spikeattn.ops.norm_lif.cuda import (
     plan_norm_lif_forward,
     segment_steps,
 )
-from spikeattn.ops.spiking_attention.cuda import plan_attention, plan_map, plan_pack, plan_states
+from spikeattn.ops.spiking_attention.cuda_plans import (
+    plan_attention,
+    plan_gather,
+    plan_gradients,
+    plan_map,
+    plan_pack,
+    plan_scan,
+    plan_states,
+)
 
 HUGE = 2**31 + 5
 TILE = ("Threads", "Elements", "Vector", "Inside")
@@ -90,29 +98,45 @@ def test_a_warp_owns_a_row_on_the_way_back_if_it_can():
 
 @pytest.mark.parametrize("E", [1, 32, 33, 64, 65, 128])
 @pytest.mark.parametrize("heads", [1, 8, 512, HUGE])
-def test_plans_of_spiking_attention_reach_every_query_within_the_limits(heads, E):
+def test_plans_of_spiking_attention_reach_every_token_within_the_limits(heads, E):
+    words = -(-E // 32)
     for L in (1, 2, 7, 110, 4096):
-        forward = plan_attention("forward", heads, L, E, "bf16", False)
-        plans = [forward, plan_attention("backward", heads, L, E, "bf16", False)]
-        plans += [plan_map(heads, L, S, E, "bf16") for S in (1, 32, 33, 110, 512)]
-        for plan in plans:
+        for order, is_causal in itertools.product((False, True), repeat=2):
+            settings = (heads, L, L, E, "bf16", order, is_causal, True)
+            plans = [plan_attention(direction, *settings) for direction in ("forward", "backward")]
+            for plan in plans:
+                check_limits(plan)
+                assert plan.grid[0] * plan.block[0] // 32 >= min(heads * -(-L // 16) * words, 2**18)
+            states, (gather, parts) = (
+                plan_states(heads, L, E, "bf16", is_causal),
+                plan_gather(heads, L, E, "bf16", is_causal),
+            )
+            check_limits(states)
+            assert states.block[0] // 32 % tile(states, "kSplit") == 0
+            assert states.shared_bytes == (2048 * words * states.block[0] // 32 if tile(states, "kSplit") > 1 else 0)
+            check_limits(gather)
+            assert parts == -(-L // 64) if is_causal else 1 <= parts <= max(1, L // 32)
+            gradients = plan_gradients(heads, L, L, E, "bf16", is_causal, True)
+            check_limits(gradients)
+            assert gradients.grid[1] == 3
+        for S in (1, 32, 33, 110, 512):
+            plan = plan_map(heads, L, S, E, "bf16")
             check_limits(plan)
             rows = tile(plan, "kRows")
             assert plan.grid[0] * plan.block[0] // 32 >= min(heads * -(-L // rows), 2**18)
             assert rows < 2 * L
-            assert rows * tile(plan, "kWords") <= 16
-        assert forward.shared_bytes == 4 * 128 * tile(forward, "kRows")
-        assert plan_attention("forward", heads, L, E, "bf16", True).shared_bytes == 0
-        assert plan_attention("forward", heads, L, E, "bf16", True, True).shared_bytes == forward.shared_bytes
+            assert rows * words <= 16
     check_limits(plan_pack(heads, E, "bf16", True))
-    check_limits(plan_states(heads, E, "bf16"))
-    assert 32 * tile(plan_states(heads, E, "bf16"), "kWords") >= E
+    check_limits(plan_scan(heads * 1024 * words**2, "bf16"))
 
 
-def test_tiles_of_attention_are_wide_where_that_leaves_warps_enough():
-    assert [tile(plan_attention("forward", heads, 110, 32, "f32", True), "kRows") for heads in (8, 64, 100, 512)] == [
-        1, 1, 2, 8,
-    ]  # fmt: skip
+def test_states_are_shared_out_where_heads_are_few():
+    assert [tile(plan_states(heads, 4096, 64, "f32", False), "kSplit") for heads in (8, 256, 512, 1024)] == [8, 4, 2, 1]
+    assert [plan_gather(heads, 4096, 64, "f32", False)[1] for heads in (8, 256, 512, 1024)] == [32, 4, 2, 1]
+    assert [tile(plan_states(8, S, 128, "f32", True), "kSplit") for S in (64, 512, 4096)] == [1, 4, 4]
+
+
+def test_tiles_of_maps_are_wide_where_that_leaves_warps_enough():
     assert [tile(plan_map(512, 110, S, 32, "f32"), "kRows") for S in (32, 110, 256, 512)] == [4, 4, 2, 1]
     assert [tile(plan_map(512, 110, S, 32, "f32"), "kGroups") for S in (1, 33, 110, 129, 512)] == [1, 2, 4, 8, 16]
 

@@ -1,89 +1,91 @@
-"""Launch plans of the CUDA kernels and the calls that allocate their outputs. Layout and bytes: ``README.md``."""
+"""Calls of the CUDA kernels, which allocate their outputs. Layout and bytes: ``README.md``."""
 
-from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from spikeattn._cuda.launch import Argument, LaunchPlan, launch
-from spikeattn._cuda.neuron import NO_GRADIENT, STORAGE, gradient_constants, neuron_constants, surrogate_scalars
+from spikeattn._cuda.neuron import (
+    NO_GRADIENT,
+    STORAGE,
+    Constants,
+    gradient_constants,
+    neuron_constants,
+    surrogate_scalars,
+)
 from spikeattn._cuda.source import Program
 from spikeattn._leak import leak
-from spikeattn.ops.spiking_attention.layout import in_one_piece, rows_in_one_piece, strides
-from spikeattn.ops.spiking_attention.reference import CHUNK, cheaper_order
-
-BLOCK = 128
-MAX_BLOCKS = 2**16  # far more than any device runs at once; the rest strides
-BUSY_WARPS = 2**12  # below this narrower tiles that keep more warps busy are preferred
-
-MAX_CHANNELS = 128  # of a head: 4 words of spikes
-MAX_MAP_KEYS = 512  # where the map fires: the potentials of a query with all of them stay in registers
-
-LANE_SUMS = 16  # sums, or potentials, of a tile that a lane holds at most
-STATE_ROWS = 8  # channels of keys a warp of spk_attention_states; divides 32
+from spikeattn.ops.spiking_attention.cuda_plans import (
+    LANE,
+    QUERIES,
+    SEGMENT,
+    is_state_first,
+    pieces_of,
+    plan_attention,
+    plan_gather,
+    plan_gradients,
+    plan_map,
+    plan_pack,
+    plan_scan,
+    plan_states,
+    words_of,
+)
+from spikeattn.ops.spiking_attention.layout import in_one_piece, room_for_gradient, rows_in_one_piece, strides
+from spikeattn.ops.spiking_attention.reference import CHUNK
 
 # What spikeattn.cuh and the neuron need where a kernel has no use for it.
-UNUSED = (("kVector", 1), *neuron_constants(2.0, True, 0.0), *NO_GRADIENT)
+_UNUSED = (("kVector", 1), *neuron_constants(2.0, True, 0.0), *NO_GRADIENT)
 
 
-def takes(S: int, E: int, fire: str | None) -> bool:
-    """Whether the kernels take such a call; matrix products and `lif` run the others."""
-    return E <= MAX_CHANNELS and (fire != "map" or S <= MAX_MAP_KEYS)
+class Bits(NamedTuple):
+    """Spikes of q, k and v as bits; what a call has no use for is None."""
+
+    rows_q: Tensor
+    columns_q: Tensor | None
+    rows_k: Tensor | None
+    columns_k: Tensor | None
+    rows_v: Tensor | None
+    columns_v: Tensor
+    odd: Tensor  # [1], not 0 if there is a number that is no spike
 
 
-@lru_cache(maxsize=1024)
-def plan_pack(tokens: int, E: int, storage: str, transposed: bool) -> LaunchPlan:
-    """Plan of ``spk_attention_pack`` of so many groups of 32 ``tokens``, over all steps and heads."""
-    words = _words(E)
-    constants = ("kWords", words), ("kTransposed", int(transposed))
-    return LaunchPlan(f"spk_attention_pack_{storage}", _grid(tokens * words), (BLOCK, 1, 1), 0, constants)
+def attention_bits_cuda(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    query_padding_mask: Tensor | None,
+    key_padding_mask: Tensor | None,
+    fire: str | None,
+    order: str,
+    is_causal: bool,
+    backward: bool,
+) -> Bits:
+    """Pack ``q``, ``k`` and ``v`` for the kernels that fire so, and for those of the way back."""
+    (T, B, H, L, E), S, storage = q.shape, k.shape[3], STORAGE[q.dtype]
+    q, k, v = (rows_in_one_piece(x) for x in (q, k, v))
+    state_first = is_state_first(S, fire, order)
 
+    def rows(tokens: int) -> Tensor:
+        return q.new_empty((T, B, H, tokens, words_of(E)), dtype=torch.int32)
 
-@lru_cache(maxsize=1024)
-def plan_states(heads: int, E: int, storage: str, is_causal: bool = False) -> LaunchPlan:
-    """Plan of ``spk_attention_states``; ``heads`` of all steps."""
-    constants = ("kWords", _words(E)), ("kRows", STATE_ROWS), ("kCausal", int(is_causal))
-    tasks = heads * -(-E // STATE_ROWS)
-    return LaunchPlan(f"spk_attention_states_{storage}", _grid(tasks), (BLOCK, 1, 1), 0, constants)
+    def columns(tokens: int) -> Tensor:
+        return q.new_empty((T, B, H, -(-tokens // 32), 32 * words_of(E)), dtype=torch.int32)
 
-
-@lru_cache(maxsize=1024)
-def plan_attention(
-    direction: str, heads: int, L: int, E: int, storage: str, state_first: bool, is_causal: bool = False
-) -> LaunchPlan:
-    """Plan of ``spk_attention_forward`` or ``spk_attention_backward``: the same for any T and S."""
-    words = _words(E)
-    rows = _rows(heads, L, 8 if words <= 2 else LANE_SUMS // 4)
-    constants = ("kWords", words), ("kRows", rows), ("kStateFirst", int(state_first)), ("kCausal", int(is_causal))
-    shared = 0 if state_first and not is_causal else 4 * rows * BLOCK
-    tasks = heads * -(-L // rows)
-    return LaunchPlan(f"spk_attention_{direction}_{storage}", _grid(tasks), (BLOCK, 1, 1), shared, constants)
-
-
-@lru_cache(maxsize=1024)
-def plan_map(heads: int, L: int, S: int, E: int, storage: str, is_causal: bool = False) -> LaunchPlan:
-    """Plan of ``spk_attention_map``; the same for any T."""
-    groups = 1 << (-(-S // 32) - 1).bit_length()  # a power of two: fewer programs to compile
-    rows = _rows(heads, L, max(1, min(4, LANE_SUMS // groups)))
-    constants = ("kWords", _words(E)), ("kRows", rows), ("kGroups", groups), ("kCausal", int(is_causal))
-    tasks = heads * -(-L // rows)
-    return LaunchPlan(f"spk_attention_map_{storage}", _grid(tasks), (BLOCK, 1, 1), 0, constants)
-
-
-def _words(E: int) -> int:
-    return -(-E // 32)
-
-
-def _rows(heads: int, L: int, most: int) -> int:
-    """Queries a warp: as many as share a key, as long as there is work for enough warps."""
-    rows = most
-    while rows > 1 and (rows >= 2 * L or heads * -(-L // rows) < BUSY_WARPS):
-        rows //= 2
-    return rows
-
-
-def _grid(warps: int) -> tuple[int, int, int]:
-    return min(-(-warps * 32 // BLOCK), MAX_BLOCKS), 1, 1
+    bits = Bits(
+        rows_q=rows(L),
+        columns_q=columns(L) if backward else None,
+        rows_k=rows(S) if backward or is_causal or not state_first else None,
+        columns_k=columns(S) if backward or state_first else None,
+        rows_v=rows(S) if backward else None,
+        columns_v=columns(S),
+        odd=torch.zeros(1, dtype=torch.int32, device=q.device),
+    )
+    aligned = _are_aligned(16 // q.element_size(), q, k, v)
+    plan = plan_pack(T * B * H * -(-max(L, S) // 32), E, storage, aligned)
+    args: list[Argument] = [*_starts(q, k, v), in_one_piece(query_padding_mask), in_one_piece(key_padding_mask), *bits]
+    _run("pack", plan, [*args, T, B, H, L, S, E, *strides(q), *strides(k), *strides(v)], q)
+    return bits
 
 
 def attention_forward_cuda(
@@ -99,23 +101,25 @@ def attention_forward_cuda(
     tau: float,
     v_threshold: float,
     v_reset: float | None,
+    bits: Bits | None = None,
 ) -> Tensor:
-    """`spiking_attention_reference` of what `takes` takes, [T, B, L, H, E] in memory."""
+    """`spiking_attention_reference` of what `takes` takes, [T, B, L, H, E] in memory; ``bits`` of the same call."""
     (T, B, H, L, E), S, storage = q.shape, k.shape[3], STORAGE[q.dtype]
-    out = q.new_empty((T, B, L, H, E))
-    state_first = _is_state_first(L, S, E, fire, order, is_causal)
-    q, k, v = (rows_in_one_piece(x) for x in (q, k, v))
     masks = in_one_piece(query_padding_mask), in_one_piece(key_padding_mask)
-    odd = torch.zeros(1, dtype=torch.int32, device=q.device)
-    operands = _operands(q, k, v, *masks, odd, state_first, is_causal)
+    bits = bits or attention_bits_cuda(q, k, v, *masks, fire, order, is_causal, False)
+    q, k, v = (rows_in_one_piece(x) for x in (q, k, v))
+    out = q.new_empty((T, B, L, H, E))
+    args: list[Argument] = [bits.rows_q, bits.rows_k, bits.columns_v]
     if fire == "map":
-        plan, operands = plan_map(B * H, L, S, E, storage, is_causal), operands[:3]
+        plan = plan_map(B * H, L, S, E, storage, is_causal)
         direction, constants = "map", plan.constants
     else:
-        plan = plan_attention("forward", B * H, L, E, storage, state_first, is_causal)
+        state_first = is_state_first(S, fire, order)
+        args.append(_states(bits, q, S, is_causal) if state_first else None)
+        plan = plan_attention("forward", B * H, L, S, E, storage, state_first, is_causal, E % LANE == 0)
         direction, constants = "forward", (*plan.constants, ("kFires", int(fire == "output")))
     constants += _neuron(tau, v_reset) + NO_GRADIENT
-    args: list[Argument] = [*operands, _start(scale), odd, _start(q), _start(k), _start(v), *masks, out]
+    args += [*_starts(scale), bits.odd, *_starts(q, k, v), *masks, out]
     args += [T, B * H, H, L, S, E, *strides(scale), *strides(q), *strides(k), *strides(v)]
     args += [leak(tau), float(v_threshold), float(v_reset or 0.0)]
     launch(plan, Program("spiking_attention", direction, storage, constants), args, q.device)
@@ -138,84 +142,118 @@ def attention_backward_cuda(
     detach_reset: bool,
     surrogate: str,
     alpha: float,
-    derivative: str | None = None,
+    derivative: str | None,
+    bits: Bits,
 ) -> Tensor:
-    """``scale dL/dY`` [T, B, H, L, E] in float32 where the output fires, Y the currents.
+    """``scale dL/dY`` [T, B, H, L, 32 words] where the output fires, Y the currents: float32, or bfloat16 of bfloat16.
 
-    ``derivative`` is a surrogate's own spelling, as for `lif_backward_cuda`.
+    ``derivative`` is a surrogate's own spelling or None, as for `lif_backward_cuda`.
     """
     (T, B, H, L, E), S, storage = q.shape, k.shape[3], STORAGE[q.dtype]
-    grad = rows_in_one_piece(grad.to(q.dtype))
-    state_first = _is_state_first(L, S, E, "output", order, is_causal)
-    q, k, v = (rows_in_one_piece(x) for x in (q, k, v))
-    masks = in_one_piece(query_padding_mask), in_one_piece(key_padding_mask)
-    odd = torch.zeros(1, dtype=torch.int32, device=q.device)
-    operands = _operands(q, k, v, *masks, odd, state_first, is_causal)
-    out = q.new_empty(q.shape, dtype=torch.float32)
-    plan = plan_attention("backward", B * H, L, E, storage, state_first, is_causal)
-    constants = (*plan.constants, *_neuron(tau, v_reset))
-    constants += gradient_constants(detach_reset, surrogate, derivative)
-    args: list[Argument] = [_start(grad), *operands, _start(scale), odd, _start(q), _start(k), _start(v), *masks, out]
+    grad, q, k, v = (rows_in_one_piece(x) for x in (grad.to(q.dtype), q, k, v))
+    state_first = is_state_first(S, "output", order)
+    out = q.new_empty((T, B, H, L, 32 * words_of(E)), dtype=_gradient_dtype(q))
+    plan = plan_attention("backward", B * H, L, S, E, storage, state_first, is_causal, _are_aligned(LANE, grad))
+    tiles = B * H * -(-L // QUERIES) * words_of(E)
+    checkpoints = q.new_empty((-(-T // SEGMENT) - 1) * tiles * 32 * 2 * LANE, dtype=torch.float32)
+    constants = (*plan.constants, *_neuron(tau, v_reset), *gradient_constants(detach_reset, surrogate, derivative))
+    args: list[Argument] = [*_starts(grad), bits.rows_q, bits.rows_k, bits.columns_v]
+    args += [_states(bits, q, S, is_causal) if state_first else None, *_starts(scale), bits.odd, *_starts(q, k, v)]
+    args += [in_one_piece(query_padding_mask), in_one_piece(key_padding_mask), out, checkpoints]
     args += [T, B * H, H, L, S, E, *strides(scale), *strides(q), *strides(k), *strides(v), *strides(grad)]
-    args += [leak(tau), float(v_threshold), float(v_reset or 0.0)]
-    args += surrogate_scalars(surrogate, alpha)
+    args += [leak(tau), float(v_threshold), float(v_reset or 0.0), *surrogate_scalars(surrogate, alpha)]
     launch(plan, Program("spiking_attention", "backward", storage, constants, derivative), args, q.device)
     return out
 
 
-def _is_state_first(L: int, S: int, E: int, fire: str | None, order: str, is_causal: bool) -> bool:
-    if order == "auto" and fire != "map":
-        order = cheaper_order(L, S, E, E, is_causal)
-    return order == "state_first"
-
-
-def _operands(
+def attention_gradients_cuda(
+    grad: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    scale: Tensor,
     query_padding_mask: Tensor | None,
     key_padding_mask: Tensor | None,
-    odd: Tensor,
-    state_first: bool,
+    fire: str | None,
+    order: str,
     is_causal: bool,
-) -> list[Tensor | None]:
-    """Rows of Q, rows of K and columns of V where there is a map, the states where they come first."""
-    queries = _packed(q, query_padding_mask, odd, transposed=False)
-    values = _packed(v, key_padding_mask, odd, transposed=True)
-    keys = None if state_first and not is_causal else _packed(k, key_padding_mask, odd, transposed=False)
-    if not state_first:
-        return [queries, keys, values, None]
-    states = _states(_packed(k, key_padding_mask, odd, transposed=True), values, k, is_causal)
-    return [queries, keys, values, states]
+    tau: float,
+    v_threshold: float,
+    v_reset: float | None,
+    detach_reset: bool,
+    surrogate: str,
+    alpha: float,
+    derivative: str | None = None,
+    bits: Bits | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of ``q``, ``k`` and ``v``, laid out as these, where the output fires or nothing does.
+
+    ``derivative`` as for `attention_backward_cuda`; ``bits`` of the same call, for the way back.
+    """
+    (T, B, H, L, E), S, storage, heads = q.shape, k.shape[3], STORAGE[q.dtype], q.shape[:3].numel()
+    outs = [room_for_gradient(x) for x in (q, k, v)]
+    masks = in_one_piece(query_padding_mask), in_one_piece(key_padding_mask)
+    bits = bits or attention_bits_cuda(q, k, v, *masks, fire, order, is_causal, True)
+    q, k, v = (rows_in_one_piece(x) for x in (q, k, v))
+    width = 32 * words_of(E)
+    if fire == "output":
+        grad = attention_backward_cuda(
+            grad, q, k, v, scale, *masks, order, is_causal,
+            tau, v_threshold, v_reset, detach_reset, surrogate, alpha, derivative, bits,
+        )  # fmt: skip
+    else:
+        grad = torch.nn.functional.pad(grad * scale, (0, width - E)).to(_gradient_dtype(q)).contiguous()
+    states = _states(bits, q, S, is_causal, back=True)
+    plan, parts = plan_gather(heads, L, E, storage, is_causal)
+    sums = grad.new_empty((2, parts, heads, width, width))
+    _run("gather", plan, [grad, bits.columns_q, sums[0], sums[1], parts, heads, L], q)
+    if is_causal:
+        count = sums[0, 0].numel()
+        _run("scan", plan_scan(count, storage), [sums, parts, count], q)
+    elif parts > 1:
+        sums = sums.sum(1)
+    plan = plan_gradients(heads, L, S, E, storage, is_causal, _are_aligned(LANE, *outs))
+    args: list[Argument] = [grad, bits.rows_q, bits.columns_q, bits.rows_k, bits.columns_k, bits.rows_v, states]
+    args += [sums[0], sums[1], bits.odd, *_starts(q, k, v), *masks, *_starts(*outs), T, B, H, L, S, E]
+    _run("gradients", plan, [*args, *(stride for x in (q, k, v, *outs) for stride in strides(x))], q)
+    grad_q, grad_k, grad_v = outs
+    return grad_q, grad_k, grad_v
 
 
-def _packed(x: Tensor, padding_mask: Tensor | None, odd: Tensor, transposed: bool) -> Tensor:
-    """Spikes [T, B, H, L, E] as bits: columns if ``transposed``, else rows; ``odd`` is set where one is no spike."""
-    (T, B, H, L, E), storage = x.shape, STORAGE[x.dtype]
-    words, groups = _words(E), -(-L // 32)
-    shape = (T, B, H, groups, 32 * words) if transposed else (T, B, H, L, words)
-    packed = x.new_empty(shape, dtype=torch.int32)
-    plan = plan_pack(T * B * H * groups, E, storage, transposed)
-    args: list[Argument] = [_start(x), padding_mask, packed, odd, T, B, H, L, E, *strides(x)]
-    launch(plan, Program("spiking_attention", "pack", storage, plan.constants + UNUSED), args, x.device)
-    return packed
-
-
-def _states(keys: Tensor, values: Tensor, k: Tensor, is_causal: bool) -> Tensor:
-    """K^T V [T, B, H, chunks, E, 32 words] of columns; of those before each chunk if causal, else one."""
-    (T, B, H, S, E), storage = k.shape, STORAGE[k.dtype]
-    chunks = -(-S // CHUNK) if is_causal else 1
-    states = k.new_empty((T, B, H, chunks, E, 32 * _words(E)), dtype=torch.float32)
-    plan = plan_states(T * B * H, E, storage, is_causal)
-    program = Program("spiking_attention", "states", storage, plan.constants + UNUSED)
-    launch(plan, program, [keys, values, states, T * B * H, S, E], k.device)
+def _states(bits: Bits, q: Tensor, S: int, is_causal: bool, back: bool = False) -> Tensor:
+    """V^T K by bytes, and for the way back K^T V by bytes in bfloat16; if causal before every chunk."""
+    (T, B, H, _, E), storage = q.shape, STORAGE[q.dtype]
+    plan = plan_states(T * B * H, S, E, storage, is_causal, back)
+    shape = (T, B, H, -(-S // CHUNK) if is_causal else 1, pieces_of(S), 32 * words_of(E), 32 * words_of(E))
+    states = q.new_empty(shape, dtype=torch.bfloat16 if back else torch.uint8)
+    keys, values = (bits.columns_v, bits.columns_k) if back else (bits.columns_k, bits.columns_v)
+    _run("states_back" if back else "states", plan, [keys, values, states, T * B * H, S], q)
     return states
 
 
-def _neuron(tau: float, v_reset: float | None) -> tuple[tuple[str, int], ...]:
-    return ("kVector", 1), *neuron_constants(tau, True, v_reset)
+def _run(direction: str, plan: LaunchPlan, args: list[Argument], q: Tensor) -> None:
+    """Launch a kernel without a neuron."""
+    program = Program("spiking_attention", direction, STORAGE[q.dtype], plan.constants + _UNUSED)
+    launch(plan, program, args, q.device)
 
 
-def _start(x: Tensor) -> Tensor:
-    """Where the memory of a strided ``x`` begins."""
-    return x.as_strided((1,), (1,))
+def _neuron(tau: float, v_reset: float | None) -> Constants:
+    return (("kVector", 1), *neuron_constants(tau, True, v_reset))
+
+
+def _gradient_dtype(x: Tensor) -> torch.dtype:
+    """Of G: that of the sums, or bfloat16 (docs/numerics.md)."""
+    return torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
+
+
+def _are_aligned(elements: int, *tensors: Tensor) -> bool:
+    """Whether every row of ``tensors`` begins at a multiple of so many elements, and of 16 bytes, and ends at one."""
+    return all(
+        x.data_ptr() % 16 == 0 and x.shape[-1] % elements == 0 and all(stride % elements == 0 for stride in strides(x))
+        for x in tensors
+    )
+
+
+def _starts(*tensors: Tensor) -> list[Argument]:
+    """Where the memory of strided tensors begins."""
+    return [x.as_strided((1,), (1,)) for x in tensors]

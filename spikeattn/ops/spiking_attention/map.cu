@@ -2,6 +2,62 @@
 
 #ifdef SPK_MAP
 
+// A warp owns kRows queries of a head over all t; the lane is a channel or a key.
+
+__device__ inline long long tiles(const Attention& x) { return (x.L + kRows - 1) / kRows; }
+
+// Hands every lane the words of kRows queries; tokens beyond the last have no bit.
+__device__ inline void load_queries(const Attention& x, long long t, long long head, long long i0, unsigned* words)
+{
+    const bool inside = lane() < kRows * kWords && i0 + lane() / kWords < x.L;
+    const unsigned mine = inside ? x.q[((t * x.heads + head) * x.L + i0) * kWords + lane()] : 0;
+#pragma unroll
+    for (int n = 0; n < kRows * kWords; ++n) words[n] = __shfl_sync(kAllLanes, mine, n);
+}
+
+__device__ inline void load_scale(const Attention& x, const float* scales, long long t, long long i0, float* to)
+{
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) to[r] = i0 + r < x.L ? scales[t * x.scale_t + r * x.scale_l] : 0.0f;
+}
+
+// How many channels of query r and of the key in `key` spike together.
+__device__ inline int coincidences(const unsigned* words, int r, const unsigned* key)
+{
+    int count = 0;
+#pragma unroll
+    for (int w = 0; w < kWords; ++w) count += __popc(words[r * kWords + w] & key[w]);
+    return count;
+}
+
+// Adds the value j as numbers to the lane's channels.
+__device__ inline void add_values(const Attention& x, long long t, long long head, long long j, float* sums)
+{
+    const storage* row = x.source_v.row(t, head / x.H, head % x.H, j);
+#pragma unroll
+    for (int w = 0; w < kWords; ++w)
+        if (row && 32 * w + lane() < x.E) sums[w] = __fadd_rn(sums[w], to_float(row[32 * w + lane()]));
+}
+
+// Puts row r, not known when compiled, in its place: an index would take registers to memory.
+__device__ inline void put_row(int r, const float* row, float* tile)
+{
+#pragma unroll
+    for (int n = 0; n < kRows * kWords; ++n)
+        if (n / kWords == r) tile[n] = row[n % kWords];
+}
+
+// Writes a tile; `to` is where the lane's first channel of its first query is, out of [T, B, L, H, E].
+__device__ inline void store_tile(const Attention& x, storage* to, long long i0, const float* tile)
+{
+#pragma unroll
+    for (int r = 0; r < kRows; ++r)
+#pragma unroll
+        for (int w = 0; w < kWords; ++w)
+            if (i0 + r < x.L && 32 * w + lane() < x.E)
+                from_float(to[r * x.H * x.E + 32 * w], tile[r * kWords + w]);
+}
+
 // Adds the values, as numbers, of the keys of group g that spiked in the words `spikes`.
 __device__ inline void add_spiked_values(
     const Attention& x, long long t, long long head, int g, const unsigned* spikes, float* sums)
@@ -16,7 +72,7 @@ __device__ inline void add_spiked_values(
                 row[n % kWords] = sums[n];
                 left = spikes[n / kWords];
             }
-        for (; left; left &= left - 1) x.add_values(t, head, 32 * g + __ffs(left) - 1, 1.0f, row);
+        for (; left; left &= left - 1) add_values(x, t, head, 32 * g + __ffs(left) - 1, row);
         put_row(r, row, sums);
     }
 }
@@ -39,8 +95,8 @@ SPK_ENTRY(spk_attention_map)(
     const Attention x = {q, k, v, nullptr, scale, odd, from_q, from_k, from_v, heads, H, L, S, E,
                          scale_t, scale_b, scale_h, scale_l};
     const Neuron neuron = {leak, v_threshold, v_reset, 0.0f, 0.0f};
-    for (long long task = first_warp(); task < heads * x.tiles(); task += warp_stride()) {
-        const long long head = task / x.tiles(), i0 = task % x.tiles() * kRows;
+    for (long long task = first_warp(); task < heads * tiles(x); task += warp_stride()) {
+        const long long head = task / tiles(x), i0 = task % tiles(x) * kRows;
         const float* scales = x.scales(head, i0);
         storage* to = out + ((head / H * L + i0) * H + head % H) * E + lane();
         const long long end = kCausal && i0 + kRows < S ? i0 + kRows : S;  // what is not seen has no current
@@ -51,8 +107,8 @@ SPK_ENTRY(spk_attention_map)(
             const long long step = t * heads + head;
             unsigned words[kRows * kWords];
             float sums[kRows * kWords];
-            spread(x.load_queries(t, head, i0), words);
-            x.load_scale(scales, t, i0, factor);
+            load_queries(x, t, head, i0, words);
+            load_scale(x, scales, t, i0, factor);
 #pragma unroll
             for (int n = 0; n < kRows * kWords; ++n) sums[n] = 0.0f;
 #pragma unroll

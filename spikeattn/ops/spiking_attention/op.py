@@ -22,7 +22,6 @@ from spikeattn.ops.spiking_attention.reference import (
     attention_map,
     exact_sums,
     masked,
-    product_backward,
     spiking_attention_reference,
 )
 from spikeattn.ops.surrogate import ATan, Surrogate, as_surrogate, surrogate_of
@@ -187,13 +186,31 @@ def _empty_like(x: Tensor) -> Tensor:
     return x.new_empty((T, B, L, H, E)).transpose(2, 3)
 
 
-def _cupy_takes(k: Tensor, fire: str | None, backend: str) -> bool:
+def _cupy_takes(q: Tensor, k: Tensor, fire: str | None, backend: str) -> bool:
     """Whether the CUDA kernels of this operation run it; else products do, and the neurons' kernels."""
     if backend != "cupy":
         return False
-    from spikeattn.ops.spiking_attention.cuda import takes
+    from spikeattn.ops.spiking_attention.cuda_plans import takes
 
-    return takes(k.shape[3], k.shape[4], fire)
+    return takes(q.shape, k.shape[3], fire)
+
+
+def _cupy_goes_back(q: Tensor, k: Tensor, fire: str | None, backend: str) -> bool:
+    """Whether the CUDA kernels give the gradients, too."""
+    return fire != "map" and q.numel() > 0 and k.numel() > 0 and _cupy_takes(q, k, fire, backend)
+
+
+def _gradients_on_cuda(
+    bits, grad, q, k, v, scale, query_padding_mask, key_padding_mask,
+    fire, order, is_causal, tau, v_threshold, v_reset, detach_reset, surrogate, alpha, backend,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    from spikeattn.ops.spiking_attention.cuda import Bits, attention_gradients_cuda
+
+    return attention_gradients_cuda(
+        grad, q, k, v, scale, query_padding_mask, key_padding_mask,
+        fire, order, is_causal, tau, v_threshold, v_reset, detach_reset, surrogate, alpha,
+        getattr(surrogate_of(surrogate, alpha), "cuda", None), None if bits is None else Bits(*bits),
+    )  # fmt: skip
 
 
 @torch.library.custom_op("spikeattn::spiking_attention_forward", mutates_args=(), device_types=("cpu", "cuda"))
@@ -227,7 +244,7 @@ def spiking_attention_forward(
             return cpu.spiking_attention_forward_cpu(
                 spikes, scale, *masks, fire, is_causal, tau, v_threshold, v_reset
             )  # fmt: skip
-    if _cupy_takes(k, fire, backend):
+    if _cupy_takes(q, k, fire, backend):
         from spikeattn.ops.spiking_attention.cuda import attention_forward_cuda
 
         inputs = (q, k, v, scale, query_padding_mask, key_padding_mask)
@@ -280,25 +297,16 @@ def spiking_attention_backward(
                 grad, spikes, steps_of_gradients(q, k, v), scale, query_padding_mask, key_padding_mask,
                 fire, is_causal, tau, v_threshold, v_reset, detach_reset, surrogate_of(surrogate, alpha),
             )  # fmt: skip
-    masks = (query_padding_mask, key_padding_mask, key_padding_mask)
-    dtype, product_grad = state_dtype(q), None
-    if fire == "output" and _cupy_takes(k, fire, backend):
-        from spikeattn.ops.spiking_attention.cuda import attention_backward_cuda
-
-        derivative = getattr(surrogate_of(surrogate, alpha), "cuda", None)
-        product_grad = attention_backward_cuda(
-            grad, q, k, v, scale, query_padding_mask, key_padding_mask, order, is_causal,
-            tau, v_threshold, v_reset, detach_reset, surrogate, alpha, derivative,
+    if _cupy_goes_back(q, k, fire, backend):
+        return _gradients_on_cuda(
+            None, grad, q, k, v, scale, query_padding_mask, key_padding_mask,
+            fire, order, is_causal, tau, v_threshold, v_reset, detach_reset, surrogate, alpha, backend,
         )  # fmt: skip
-        if q.dtype == torch.bfloat16:  # docs/numerics.md
-            dtype = torch.bfloat16
-    own_q, own_k, own_v = (masked(x, mask, dtype) for x, mask in zip((q, k, v), masks, strict=True))
+    masks = (query_padding_mask, key_padding_mask, key_padding_mask)
+    own_q, own_k, own_v = (masked(x, mask) for x, mask in zip((q, k, v), masks, strict=True))
     with exact_sums(q):
-        if product_grad is not None:
-            grads = product_backward(product_grad.to(dtype), own_q, own_k, own_v, is_causal)
-        else:
-            neuron = _neuron(q, tau, v_threshold, v_reset, detach_reset, surrogate, alpha, backend)
-            grads = attend_backward(grad.to(dtype), own_q, own_k, own_v, scale, fire, order, is_causal, neuron)
+        neuron = _neuron(q, tau, v_threshold, v_reset, detach_reset, surrogate, alpha, backend)
+        grads = attend_backward(grad.to(state_dtype(q)), own_q, own_k, own_v, scale, fire, order, is_causal, neuron)
     own = (masked(g, mask) for g, mask in zip(grads, masks, strict=True))
     grad_q, grad_k, grad_v = (room_for_gradient(x).copy_(g) for g, x in zip(own, (q, k, v), strict=True))
     return grad_q, grad_k, grad_v
@@ -319,9 +327,10 @@ def _save(ctx, inputs, output) -> None:
 
 
 def _run_eagerly(ctx, run, inputs) -> Tensor:
-    """Where the CPU kernels run, keep spikes as bits; they attend to bits, too."""
+    """Keep spikes as bits where kernels run, which attend to bits: on a CPU instead of ``q``, ``k`` and ``v``."""
     q, k, v, scale, query_padding_mask, key_padding_mask, *settings = inputs
-    fire, _, is_causal, tau, v_threshold, v_reset, *_, backend = settings
+    fire, order, is_causal, tau, v_threshold, v_reset, *_, backend = settings
+    masks = (query_padding_mask, key_padding_mask)
     spikes = None
     if backend == "numba" and any(ctx.needs_input_grad):
         from spikeattn.ops.spiking_attention import cpu
@@ -329,28 +338,41 @@ def _run_eagerly(ctx, run, inputs) -> Tensor:
 
         spikes = spikes_of(q, k, v)
     if spikes is None:
+        if any(ctx.needs_input_grad) and _cupy_goes_back(q, k, fire, backend) and not watched(inputs):
+            from spikeattn.ops.spiking_attention.cuda import attention_bits_cuda, attention_forward_cuda
+
+            bits = attention_bits_cuda(q, k, v, *masks, fire, order, is_causal, True)
+            out = attention_forward_cuda(
+                q, k, v, scale, *masks, fire, order, is_causal, tau, v_threshold, v_reset, bits
+            )  # fmt: skip
+            ctx.settings = settings
+            ctx.save_for_backward(*bits, q, k, v, scale, *masks)
+            return out
         out = run(*inputs)
         _save(ctx, inputs, out)
         return out
     if cpu.takes(q.shape, k.shape[3], q.dtype, scale, fire, is_causal) and not watched(inputs):
         out = cpu.spiking_attention_forward_cpu(
-            spikes, scale, query_padding_mask, key_padding_mask, fire, is_causal, tau, v_threshold, v_reset
-        )
+            spikes, scale, *masks, fire, is_causal, tau, v_threshold, v_reset
+        )  # fmt: skip
     else:
         out = run(*inputs)
     ctx.settings, ctx.layouts, ctx.steps = settings, [x[1:] for x in spikes], steps_of_gradients(q, k, v)
-    ctx.save_for_backward(*(x.bits for x in spikes), scale, query_padding_mask, key_padding_mask)
+    ctx.save_for_backward(*(x.bits for x in spikes), scale, *masks)
     return out
 
 
 def _backward(ctx, grad):
-    """Hand over to the registered backward, or bits to the CPU kernel; None for an input that needs no gradient."""
+    """Hand over to the registered backward, or bits to kernels; None for an input that needs no gradient."""
     *kept, scale, query_padding_mask, key_padding_mask = ctx.saved_tensors  # once: checkpointing allows no second look
     inputs: tuple[Tensor, Tensor | None, Tensor | None] = (scale, query_padding_mask, key_padding_mask)
+    *bits, q, k, v = kept
     if hasattr(ctx, "layouts"):
         grads = _backward_of_bits(ctx, grad, kept, inputs)
+    elif bits and not (torch.is_grad_enabled() or watched((grad, q, k, v, *inputs))):
+        grads = _gradients_on_cuda(bits, grad, q, k, v, *inputs, *ctx.settings)
     else:
-        grads = _attention_backward(grad, *kept, *inputs, *ctx.settings)
+        grads = _attention_backward(grad, q, k, v, *inputs, *ctx.settings)
     needed = [g if need else None for g, need in zip(grads, ctx.needs_input_grad[:3], strict=True)]
     return (*needed, *(None,) * (3 + len(ctx.settings)))
 
