@@ -16,19 +16,24 @@ SIZES = {
     "cpu": [(32, 16, 8, 24, 32), (32, 4, 8, 110, 32), (4, 2, 8, 196, 64), (4, 1, 4, 1024, 64), (4, 1, 2, 4096, 64)],
     "cuda": [(32, 64, 8, 24, 32), (32, 32, 8, 110, 32), (4, 64, 8, 196, 64), (4, 8, 8, 1024, 64), (4, 1, 8, 16384, 64)],
 }
+# How the cost grows with T and with L, ours alone.
+GROWTH = [(T, 1, 4, 256, 64) for T in (1, 8, 64, 512)] + [(4, 1, 8, L, 64) for L in (16, 256, 1024, 4096, 16384)]
 _MAP_BYTES = 2**30  # of the map that the peers make
 
 
 def cases(device: str, quick: bool) -> CaseMakers:
-    """Firing of the output, whole and causal, in float32; bfloat16 storage on a GPU."""
+    """Firing of the output, whole and causal, in float32; bfloat16 storage on a GPU. Then ours alone, as it grows."""
     sizes = [(2, 1, 2, 3, 4)] if quick else SIZES[device]
     dtypes = (torch.float32,) if device == "cpu" else (torch.float32, torch.bfloat16)
-    return [
-        partial(_case, *size, causal, dtype, device) for dtype in dtypes for causal in (False, True) for size in sizes
-    ]
+    kinds = [(causal, dtype, device) for dtype in dtypes for causal in (False, True)]
+    compared = [partial(_case, *size, *kind) for kind in kinds for size in sizes]
+    growing = sizes if quick else GROWTH
+    return compared + [partial(_case, *size, *kind, False) for kind in kinds[:2] for size in growing]
 
 
-def _case(T: int, B: int, H: int, L: int, E: int, causal: bool, dtype: torch.dtype, device: str) -> Case:
+def _case(
+    T: int, B: int, H: int, L: int, E: int, causal: bool, dtype: torch.dtype, device: str, compared: bool = True
+) -> Case:
     x = (torch.rand(3, T, B, H, L, E, device=device) < RATE).to(dtype)
     node = neuron.LIFNode(
         TAU, v_threshold=V_THRESHOLD, surrogate_function=surrogate.ATan(), detach_reset=True, step_mode="m"
@@ -56,7 +61,9 @@ def _case(T: int, B: int, H: int, L: int, E: int, causal: bool, dtype: torch.dty
         "two products + SpikingJelly 2.0.0": lambda: with_spikingjelly,
     }
     absent = {}
-    if causal and 4 * T * B * H * L * L > _MAP_BYTES:
+    if not compared:
+        absent, peers = dict.fromkeys(peers, "not beside what shows how our cost grows"), {}
+    elif causal and 4 * T * B * H * L * L > _MAP_BYTES:
         absent = dict.fromkeys(peers, f"its map [T, B, H, L, L] takes more than {_MAP_BYTES >> 20} MiB")
         peers = {}
     storage = str(dtype).removeprefix("torch.")
