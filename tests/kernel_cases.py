@@ -17,7 +17,14 @@ from spikeattn.ops.spiking_attention.cuda import (
     attention_forward_cuda,
     attention_gradients_cuda,
 )
-from spikeattn.ops.spiking_attention.reference import masked, product, product_backward, spiking_attention_reference
+from spikeattn.ops.spiking_attention.reference import Neuron as KernelNeuron
+from spikeattn.ops.spiking_attention.reference import (
+    attend_backward,
+    masked,
+    product,
+    product_backward,
+    spiking_attention_reference,
+)
 from spikeattn.ops.surrogate import ATan, Surrogate
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -185,18 +192,46 @@ def check_attention(
     products = grad.double() * inputs.scale.double()
     if fire == "output":
         products = _check_attention_backward(grad, inputs, on_device, order, causal, settings, neuron, surrogate, exact)
-    if fire != "map":
-        neuron_settings = (*settings, neuron.detach_reset, surrogate.name, surrogate.alpha)
-        got = attention_gradients_cuda(*move([grad], device), *on_device, fire, order, causal, *neuron_settings)
-        _check_attention_gradients(got, products, *inputs, causal)
+    neuron_settings = (*settings, neuron.detach_reset, surrogate.name, surrogate.alpha)
+    got = attention_gradients_cuda(*move([grad], device), *on_device, fire, order, causal, *neuron_settings)
+    if fire == "map":
+        truths = _gradients_of_map(grad, inputs, causal, settings, neuron, surrogate)
+    else:
+        truths = _gradients_of_products(products, *inputs, causal)
+    _check_gradients(got, truths, *inputs)
 
 
-def _check_attention_gradients(got, grad, q, k, v, scale, query_mask, key_mask, causal) -> None:
-    """Gradients from that of the products, ``grad`` in float64: as near as G, its sums and the result are rounded."""
-    masks = (query_mask, key_mask, key_mask)
-    own = (masked(x, mask, torch.float64) for x, mask in zip((q, k, v), masks, strict=True))
+def _gradients_of_products(grad, q, k, v, scale, query_mask, key_mask, causal) -> tuple[Tensor, ...]:
+    """From that of the products, ``grad`` in float64."""
+    own = (masked(x, mask, torch.float64) for x, mask in zip((q, k, v), (query_mask, key_mask, key_mask), strict=True))
+    return product_backward(grad, *own, causal)
+
+
+def _gradients_of_map(grad, inputs, causal, settings, neuron, surrogate) -> tuple[Tensor, ...]:
+    """The definition's in float64, with the neurons' own backward in float32: its spikes are those of the kernel."""
+    q, k, v, scale, query_mask, key_mask = inputs
+    own = (masked(x, mask, torch.float64) for x, mask in zip((q, k, v), (query_mask, key_mask, key_mask), strict=True))
+    lif = (q.shape[0], neuron.tau, True, 1.0, neuron.v_reset, neuron.detach_reset)
+
+    def at_rest(x: Tensor) -> Tensor:
+        return torch.full_like(x[0], neuron.v_reset or 0.0)
+
+    def fire(current: Tensor) -> Tensor:
+        return lif_reference(current.float(), at_rest(current.float()), None, *lif, surrogate)[0].double()
+
+    def gradient(grad_spikes: Tensor, current: Tensor) -> Tensor:
+        single = [grad_spikes.float(), torch.zeros_like(current[0]).float(), None, current.float()]
+        return lif_backward_reference(*single, at_rest(current.float()), None, *lif, surrogate)[0].double()
+
+    kernels = KernelNeuron(fire, gradient)
+    return attend_backward(grad.double(), *own, scale.double(), "map", "map_first", causal, kernels)
+
+
+def _check_gradients(got, truths, q, k, v, scale, query_mask, key_mask) -> None:
+    """As near to float64 as G, its sums and the result are rounded; laid out as the inputs; zero at padding."""
     bound = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 0.02}[q.dtype]
-    for result, truth, x, mask in zip(got, product_backward(grad, *own, causal), (q, k, v), masks, strict=True):
+    masks = (query_mask, key_mask, key_mask)
+    for result, truth, x, mask in zip(got, truths, (q, k, v), masks, strict=True):
         truth = masked(truth, mask, torch.float64)
         assert result.dtype == x.dtype
         assert result.stride() == torch.empty_like(x).stride()

@@ -10,13 +10,14 @@
 #define SPK_SCAN
 #define SPK_GRADIENTS
 #define SPK_MAP
+#define SPK_MAP_BACK
 
 #define HOSTSIM_CONSTANTS(each)                                                                               \
     each(kVector) each(kSteps) each(kPacked) each(kStatic) each(kTensorTau) each(kDecayInput) each(kHardReset) \
         each(kDetachReset) each(kDivide) each(kSurrogate) each(kVSeq) each(kThreads) each(kElements) \
         each(kWhole) each(kInside) each(kBlocks) each(kScalarV0) \
         each(kWords) each(kRows) each(kGroups) each(kSplit) each(kPieces) each(kStateFirst) each(kCausal) each(kFires) \
-        each(kAligned) each(kTiles)
+        each(kAligned) each(kTiles) each(kOfKeys)
 
 #define DECLARE(name) static int name;
 HOSTSIM_CONSTANTS(DECLARE)
@@ -41,6 +42,7 @@ namespace spiking_attention {
 #include "ops/spiking_attention/attend.cu"
 #include "ops/spiking_attention/gradients.cu"
 #include "ops/spiking_attention/map.cu"
+#include "ops/spiking_attention/map_back.cu"
 #include "ops/spiking_attention/pack.cu"
 #include "ops/spiking_attention/states.cu"
 }
@@ -61,3 +63,4 @@ HOSTSIM_EXPORT(spk_attention_gradients)
 HOSTSIM_EXPORT(spk_attention_forward)
 HOSTSIM_EXPORT(spk_attention_backward)
 HOSTSIM_EXPORT(spk_attention_map)
+HOSTSIM_EXPORT(spk_attention_map_back)

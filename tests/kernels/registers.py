@@ -84,9 +84,10 @@ def _attention(arch: str, dtype: torch.dtype, E: int, fire: str, order: str, S: 
     tau, _, *potentials = NEURON
     forward = (*inputs, fire, order, causal, tau, *potentials)
     calls = [_captured(attention, what, arch, attention.attention_forward_cuda, *forward)]
-    if fire == "output":
-        calls.append(_captured(attention, what, arch, attention.attention_gradients_cuda, q, *forward, *GRADIENT))
-    yield from dict.fromkeys(case for call in calls for case in call)
+    calls.append(_captured(attention, what, arch, attention.attention_gradients_cuda, q, *forward, *GRADIENT))
+    for name, *rest in dict.fromkeys(case for call in calls for case in call):
+        of_keys = ("kOfKeys", 1) in rest[-1].constants  # the other program of the same kernel
+        yield name + (" of keys" if of_keys else ""), *rest
 
 
 def _captured(module, what: str, arch: str, call, *args) -> Iterator[tuple[str, str, str, Program]]:

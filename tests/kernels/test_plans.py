@@ -113,7 +113,7 @@ def test_plans_of_spiking_attention_reach_every_token_within_the_limits(heads, E
             )
             check_limits(states)
             assert states.block[0] // 32 % tile(states, "kSplit") == 0
-            assert states.shared_bytes == (2048 * words * states.block[0] // 32 if tile(states, "kSplit") > 1 else 0)
+            assert states.shared_bytes == (2048 * states.block[0] // 32 if tile(states, "kSplit") > 1 else 0)
             check_limits(gather)
             assert parts == -(-L // 64) if is_causal else 1 <= parts <= max(1, L // 32)
             gradients = plan_gradients(heads, L, L, E, "bf16", is_causal, True)
@@ -131,9 +131,14 @@ def test_plans_of_spiking_attention_reach_every_token_within_the_limits(heads, E
 
 
 def test_states_are_shared_out_where_heads_are_few():
-    assert [tile(plan_states(heads, 4096, 64, "f32", False), "kSplit") for heads in (8, 256, 512, 1024)] == [8, 4, 2, 1]
+    assert [tile(plan_states(heads, 4096, 64, "f32", False), "kSplit") for heads in (8, 256, 512, 1024)] == [
+        16,
+        2,
+        1,
+        1,
+    ]
     assert [plan_gather(heads, 4096, 64, "f32", False)[1] for heads in (8, 256, 512, 1024)] == [32, 4, 2, 1]
-    assert [tile(plan_states(8, S, 128, "f32", True), "kSplit") for S in (64, 512, 4096)] == [1, 4, 4]
+    assert [tile(plan_states(8, S, 128, "f32", True), "kSplit") for S in (64, 512, 4096)] == [1, 4, 16]
 
 
 def test_tiles_of_maps_are_wide_where_that_leaves_warps_enough():

@@ -217,8 +217,6 @@ SPK_ENTRY(spk_attention_forward)(
 #endif
 #ifdef SPK_BACKWARD
 
-constexpr int kSegment = 4;  // steps whose H stay in shared memory, as SEGMENT in cuda.py has it
-
 // G = scale dL/dY [T, B, H, L, 32 kWords] of grad_spikes [T, B, H, L, E], of any strides but 1 along E. The way forwards leaves the potentials
 // before each segment but the first in `checkpoints` [segments - 1, tiles, 16, 32]; the way back makes the currents of a
 // segment again. Dynamic shared memory: 16 (kSegment + 1) floats a thread.

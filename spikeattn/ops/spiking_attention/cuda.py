@@ -26,13 +26,14 @@ from spikeattn.ops.spiking_attention.cuda_plans import (
     plan_gather,
     plan_gradients,
     plan_map,
+    plan_map_back,
     plan_pack,
     plan_scan,
     plan_states,
     words_of,
 )
 from spikeattn.ops.spiking_attention.layout import in_one_piece, room_for_gradient, rows_in_one_piece, strides
-from spikeattn.ops.spiking_attention.reference import CHUNK
+from spikeattn.ops.spiking_attention.reference import CHUNK, masked
 
 # What spikeattn.cuh and the neuron need where a kernel has no use for it.
 _UNUSED = (("kVector", 1), *neuron_constants(2.0, True, 0.0), *NO_GRADIENT)
@@ -48,6 +49,7 @@ class Bits(NamedTuple):
     rows_v: Tensor | None
     columns_v: Tensor
     odd: Tensor  # [1], not 0 if there is a number that is no spike
+    states: Tensor | None = None  # to attend to; causal ones, which take as much as q, are made when they are needed
 
 
 def attention_bits_cuda(
@@ -83,9 +85,10 @@ def attention_bits_cuda(
     )
     aligned = _are_aligned(16 // q.element_size(), q, k, v)
     plan = plan_pack(T * B * H * -(-max(L, S) // 32), E, storage, aligned)
-    args: list[Argument] = [*_starts(q, k, v), in_one_piece(query_padding_mask), in_one_piece(key_padding_mask), *bits]
-    _run("pack", plan, [*args, T, B, H, L, S, E, *strides(q), *strides(k), *strides(v)], q)
-    return bits
+    masks = in_one_piece(query_padding_mask), in_one_piece(key_padding_mask)
+    args: list[Argument] = [*_starts(q, k, v), *masks, *bits[:7], T, B, H, L, S, E]
+    _run("pack", plan, [*args, *strides(q), *strides(k), *strides(v)], q)
+    return bits._replace(states=_states(bits, q, S, False)) if state_first and not is_causal else bits
 
 
 def attention_forward_cuda(
@@ -115,7 +118,7 @@ def attention_forward_cuda(
         direction, constants = "map", plan.constants
     else:
         state_first = is_state_first(S, fire, order)
-        args.append(_states(bits, q, S, is_causal) if state_first else None)
+        args.append(_states_to_attend_to(bits, q, S, is_causal) if state_first else None)
         plan = plan_attention("forward", B * H, L, S, E, storage, state_first, is_causal, E % LANE == 0)
         direction, constants = "forward", (*plan.constants, ("kFires", int(fire == "output")))
     constants += _neuron(tau, v_reset) + NO_GRADIENT
@@ -158,7 +161,12 @@ def attention_backward_cuda(
     checkpoints = q.new_empty((-(-T // SEGMENT) - 1) * tiles * 32 * 2 * LANE, dtype=torch.float32)
     constants = (*plan.constants, *_neuron(tau, v_reset), *gradient_constants(detach_reset, surrogate, derivative))
     args: list[Argument] = [*_starts(grad), bits.rows_q, bits.rows_k, bits.columns_v]
-    args += [_states(bits, q, S, is_causal) if state_first else None, *_starts(scale), bits.odd, *_starts(q, k, v)]
+    args += [
+        _states_to_attend_to(bits, q, S, is_causal) if state_first else None,
+        *_starts(scale),
+        bits.odd,
+        *_starts(q, k, v),
+    ]
     args += [in_one_piece(query_padding_mask), in_one_piece(key_padding_mask), out, checkpoints]
     args += [T, B * H, H, L, S, E, *strides(scale), *strides(q), *strides(k), *strides(v), *strides(grad)]
     args += [leak(tau), float(v_threshold), float(v_reset or 0.0), *surrogate_scalars(surrogate, alpha)]
@@ -186,7 +194,7 @@ def attention_gradients_cuda(
     derivative: str | None = None,
     bits: Bits | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of ``q``, ``k`` and ``v``, laid out as these, where the output fires or nothing does.
+    """Gradients of ``q``, ``k`` and ``v``, laid out as these.
 
     ``derivative`` as for `attention_backward_cuda`; ``bits`` of the same call, for the way back.
     """
@@ -196,13 +204,21 @@ def attention_gradients_cuda(
     bits = bits or attention_bits_cuda(q, k, v, *masks, fire, order, is_causal, True)
     q, k, v = (rows_in_one_piece(x) for x in (q, k, v))
     width = 32 * words_of(E)
+    if fire == "map":
+        wide = _gradients_of_map(
+            _wide(grad, q), q, k, v, scale, *masks, bits, is_causal,
+            tau, v_threshold, v_reset, detach_reset, surrogate, alpha, derivative,
+        )  # fmt: skip
+        own = (masked(x[..., :E], mask) for x, mask in zip(wide, (*masks, masks[1]), strict=True))
+        grad_q, grad_k, grad_v = (out.copy_(x) for out, x in zip(outs, own, strict=True))
+        return grad_q, grad_k, grad_v
     if fire == "output":
         grad = attention_backward_cuda(
             grad, q, k, v, scale, *masks, order, is_causal,
             tau, v_threshold, v_reset, detach_reset, surrogate, alpha, derivative, bits,
         )  # fmt: skip
     else:
-        grad = torch.nn.functional.pad(grad * scale, (0, width - E)).to(_gradient_dtype(q)).contiguous()
+        grad = _wide(grad * scale, q)
     states = _states(bits, q, S, is_causal, back=True)
     plan, parts = plan_gather(heads, L, E, storage, is_causal)
     sums = grad.new_empty((2, parts, heads, width, width))
@@ -218,6 +234,53 @@ def attention_gradients_cuda(
     _run("gradients", plan, [*args, *(stride for x in (q, k, v, *outs) for stride in strides(x))], q)
     grad_q, grad_k, grad_v = outs
     return grad_q, grad_k, grad_v
+
+
+def _gradients_of_map(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: Tensor,
+    query_padding_mask: Tensor | None,
+    key_padding_mask: Tensor | None,
+    bits: Bits,
+    is_causal: bool,
+    tau: float,
+    v_threshold: float,
+    v_reset: float | None,
+    detach_reset: bool,
+    surrogate: str,
+    alpha: float,
+    derivative: str | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of ``q``, ``k`` and ``v`` in float32 [T, B, H, tokens, 32 words] where the map fires."""
+    (T, B, H, L, E), S, storage = q.shape, k.shape[3], STORAGE[q.dtype]
+    constants = (*_neuron(tau, v_reset), *gradient_constants(detach_reset, surrogate, derivative))
+    args: list[Argument] = [grad, bits.rows_q, bits.columns_q, bits.rows_k, bits.columns_k, bits.rows_v]
+    args += [*_starts(scale), bits.odd, *_starts(q, k, v), query_padding_mask, key_padding_mask]
+    rest: list[Argument] = [T, B * H, H, L, S, E, *strides(scale), *strides(q), *strides(k), *strides(v)]
+    rest += [leak(tau), float(v_threshold), float(v_reset or 0.0), *surrogate_scalars(surrogate, alpha)]
+    shapes = [(*x.shape[:-1], 32 * words_of(E)) for x in (q, k, v)]
+    grad_q, grad_k, grad_v = (q.new_empty(shape, dtype=torch.float32) for shape in shapes)
+    for of_keys, outs in enumerate(((grad_q, None), (grad_k, grad_v))):
+        rows = S if of_keys else L
+        plan = plan_map_back(B * H, rows, E, storage, is_causal, bool(of_keys))
+        count = (-(-T // SEGMENT) - 1) * B * H * -(-rows // 16) * 32 * 16
+        checkpoints = q.new_empty(count, dtype=torch.float32)
+        program = Program("spiking_attention", "map_back", storage, plan.constants + constants, derivative)
+        launch(plan, program, [*args, *outs, checkpoints, *rest], q.device)
+    return grad_q, grad_k, grad_v
+
+
+def _wide(grad: Tensor, q: Tensor) -> Tensor:
+    """``grad`` [T, B, H, L, E] with zeros up to 32 words, contiguous, in the dtype of G."""
+    width = 32 * words_of(q.shape[-1])
+    return torch.nn.functional.pad(grad, (0, width - q.shape[-1])).to(_gradient_dtype(q)).contiguous()
+
+
+def _states_to_attend_to(bits: Bits, q: Tensor, S: int, is_causal: bool) -> Tensor:
+    return _states(bits, q, S, is_causal) if bits.states is None else bits.states
 
 
 def _states(bits: Bits, q: Tensor, S: int, is_causal: bool, back: bool = False) -> Tensor:

@@ -12,12 +12,12 @@ BUSY_WARPS = 2**12  # as many keep a device busy
 
 MAX_CHANNELS = 128  # of a head: 4 words of spikes
 MAX_TOKENS = 2**24  # sums of bytes stay below 2**31
-MAX_GROUPS = 2**28  # of 32 tokens, of all heads and steps: tiles are counted in 32 bits
+MAX_GROUPS = 2**26  # of 32 tokens, of all heads and steps: tasks are counted in 32 bits
 MAX_MAP_KEYS = 512  # where the map fires: the potentials of a query with all of them stay in registers
 
 QUERIES = 16  # of a warp of spk_attention_forward and _backward; kQueries in kernels.cu
 LANE = 8  # channels of a query that a lane holds there; kLane in attend.cu
-SEGMENT = 4  # steps between checkpoints on the way back; kSegment in attend.cu
+SEGMENT = 4  # steps between checkpoints on the way back; kSegment in kernels.cu
 MAP_SUMS = 16  # potentials that a lane of spk_attention_map holds at most
 FEW_KEYS = 64  # up to so many, counting keys costs less than making a state and reading it
 
@@ -42,13 +42,13 @@ def plan_pack(tokens: int, E: int, storage: str, aligned: bool) -> LaunchPlan:
 def plan_states(heads: int, S: int, E: int, storage: str, is_causal: bool, back: bool = False) -> LaunchPlan:
     """Plan of ``spk_attention_states``, or ``_states_back``; ``heads`` of all steps."""
     words, split = words_of(E), 1
-    units = -(-S // (CHUNK if is_causal else 32))
-    while split < (4 if words > 2 else 8) and 4 * split <= units and heads * 2 * words * split < BUSY_WARPS:
+    units, tasks = -(-S // (CHUNK if is_causal else 32)), heads * 2 * words_of(E) ** 2
+    while split < 16 and 4 * split <= units and tasks * split < BUSY_WARPS:
         split *= 2
     constants = ("kWords", words), ("kPieces", pieces_of(S)), ("kSplit", split), ("kCausal", int(is_causal))
     threads = max(BLOCK, 32 * split)
-    shared = 2048 * words * threads // 32 if split > 1 else 0
-    grid = min(-(-heads * 2 * words * split * 32 // threads), MAX_BLOCKS)
+    shared = 2048 * threads // 32 if split > 1 else 0
+    grid = min(-(-tasks * split * 32 // threads), MAX_BLOCKS)
     name = "states_back" if back else "states"
     return LaunchPlan(f"spk_attention_{name}_{storage}", (grid, 1, 1), (threads, 1, 1), shared, constants)
 
@@ -70,7 +70,8 @@ def plan_attention(
 def plan_gather(heads: int, L: int, E: int, storage: str, is_causal: bool) -> tuple[LaunchPlan, int]:
     """Plan of ``spk_attention_gather``, and in how many parts the tokens are summed: if causal the chunks."""
     words, parts = words_of(E), -(-L // CHUNK) if is_causal else 1
-    tiles = (2, 4, 3, 4)[words - 1]  # of 16 channels of the queries: registers hold the sums of four
+    # Of 16 channels of the queries: registers hold the sums of four, but float32 is split once for all of them.
+    tiles = (2, 2 if storage == "bf16" else 4, 3, 4)[words - 1]
     warps = heads * words * 2 * words // tiles
     while not is_causal and 8 * parts <= -(-L // 32) and warps * parts < BUSY_WARPS // 2:
         parts *= 2
@@ -108,6 +109,15 @@ def plan_map(heads: int, L: int, S: int, E: int, storage: str, is_causal: bool =
     constants = ("kWords", words_of(E)), ("kRows", rows), ("kGroups", groups), ("kCausal", int(is_causal))
     tasks = heads * -(-L // rows)
     return LaunchPlan(f"spk_attention_map_{storage}", _grid(tasks), (BLOCK, 1, 1), 0, constants)
+
+
+@lru_cache(maxsize=1024)
+def plan_map_back(heads: int, rows: int, E: int, storage: str, is_causal: bool, of_keys: bool) -> LaunchPlan:
+    """Plan of ``spk_attention_map_back`` of so many ``rows``, queries or keys; the same for any T and other side."""
+    constants = ("kWords", words_of(E)), ("kCausal", int(is_causal)), ("kOfKeys", int(of_keys))
+    shared = 4 * 16 * (SEGMENT + 2) * BLOCK
+    grid = _grid(heads * -(-rows // 16))
+    return LaunchPlan(f"spk_attention_map_back_{storage}", grid, (BLOCK, 1, 1), shared, constants)
 
 
 def words_of(E: int) -> int:

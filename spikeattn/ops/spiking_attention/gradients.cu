@@ -3,7 +3,7 @@
 // if causal, S of the tokens before a chunk and R of those after it, and the map of the chunk besides. A float32 gradient
 // is the sum of three bfloat16 numbers, so that tensor cores lose nothing of it: spikes, and bytes of S, are exact.
 
-#if defined(SPK_GATHER) || defined(SPK_GRADIENTS)
+#if defined(SPK_GATHER) || defined(SPK_GRADIENTS) || defined(SPK_MAP_BACK)
 
 constexpr int kParts = sizeof(gradient) == 2 ? 1 : 3;  // bfloat16 numbers that a gradient is the sum of
 
@@ -176,16 +176,13 @@ SPK_ENTRY(spk_attention_scan)(gradient* sums, long long chunks, long long count)
 }
 
 #endif
-#ifdef SPK_GRADIENTS
+#if defined(SPK_GRADIENTS) || defined(SPK_MAP_BACK)
 
-// What a head's three products read, at a step.
-struct Back {
-    const gradient* grad;                                           // G
-    const unsigned *rows_q, *columns_q, *rows_k, *columns_k, *rows_v;
-    const bf16* states;                                             // S by bytes, of every chunk if kCausal
-    const gradient *sums, *transposed;                              // R
-    long long L, S;
-};
+// The word of a token, 0 beyond the last.
+__device__ inline unsigned word_of(const unsigned* rows, int i, long long end, int w)
+{
+    return i < end ? rows[(long long)i * kWords + w] : 0;
+}
 
 // Eight neighbours as two columns, or halves of rows, of four, in parts.
 __device__ inline void load_eight(const bf16* from, unsigned (*parts)[2][2])
@@ -222,7 +219,7 @@ __device__ inline void load_token(const T* rows, int i, long long end, int w, un
 template <int kNumbers>
 __device__ inline void load_token(const unsigned* rows, int i, long long end, int w, unsigned (*parts)[2][2])
 {
-    const unsigned word = i < end ? rows[(long long)i * kWords + w] : 0;
+    const unsigned word = word_of(rows, i, end, w);
 #pragma unroll
     for (int n = 0; n < 4; ++n) parts[0][n / 2][n % 2] = spread_two(word, 8 * quad() + 2 * n);
 }
@@ -244,6 +241,31 @@ __device__ inline void load_left(const T* rows, int i0, long long end, int w, un
             }
     }
 }
+
+// c += left C of 16 tokens from j0 on, C spikes by columns.
+template <int kLeft>
+__device__ inline void add_spikes(const unsigned (*left)[4], const unsigned* columns, int j0, float (*c)[4])
+{
+#pragma unroll
+    for (int p = 0; p < 4 * kWords; ++p) {
+        const unsigned word = columns[j0 / 32 * 32 * kWords + 32 * (p / 4) + 4 * group() + p % 4];
+        const unsigned b[2] = {spread_two(word, j0 % 32 + 2 * quad()), spread_two(word, j0 % 32 + 2 * quad() + 8)};
+#pragma unroll
+        for (int n = 0; n < kLeft; ++n) multiply_add(c[p], left[n], b);
+    }
+}
+
+#endif
+#ifdef SPK_GRADIENTS
+
+// What a head's three products read, at a step.
+struct Back {
+    const gradient* grad;                                           // G
+    const unsigned *rows_q, *columns_q, *rows_k, *columns_k, *rows_v;
+    const bf16* states;                                             // S by bytes, of every chunk if kCausal
+    const gradient *sums, *transposed;                              // R
+    long long L, S;
+};
 
 // c += A M^T: 16 rows of A from i0 on, in kLeft parts, and a right side M, in kRight.
 template <int kLeft, int kRight, class TA, class TM>
@@ -303,19 +325,6 @@ __device__ inline void map_of(
         else split(x0, x1, parts);
 #pragma unroll
         for (int part = 0; part < kOut; ++part) left[part][n] = parts[part];
-    }
-}
-
-// c += left C of 16 tokens from j0 on, C spikes by columns.
-template <int kLeft>
-__device__ inline void add_spikes(const unsigned (*left)[4], const unsigned* columns, int j0, float (*c)[4])
-{
-#pragma unroll
-    for (int p = 0; p < 4 * kWords; ++p) {
-        const unsigned word = columns[j0 / 32 * 32 * kWords + 32 * (p / 4) + 4 * group() + p % 4];
-        const unsigned b[2] = {spread_two(word, j0 % 32 + 2 * quad()), spread_two(word, j0 % 32 + 2 * quad() + 8)};
-#pragma unroll
-        for (int n = 0; n < kLeft; ++n) multiply_add(c[p], left[n], b);
     }
 }
 

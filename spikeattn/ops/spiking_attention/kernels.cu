@@ -7,6 +7,7 @@
 
 constexpr int kChunk = 64;    // tokens that share a state where attention is causal; a multiple of kQueries and of 32
 constexpr int kQueries = 16;  // of a tile: the rows of a tensor core's product
+constexpr int kSegment = 4;   // steps whose H wait in shared memory on the way back
 constexpr unsigned kAllLanes = 0xFFFFFFFFu;
 
 __device__ inline int lane() { return threadIdx.x % 32; }
@@ -24,7 +25,7 @@ struct GradientOf<bf16> {
 };
 typedef GradientOf<storage>::type gradient;
 
-#if defined(SPK_FORWARD) || defined(SPK_BACKWARD) || defined(SPK_MAP) || defined(SPK_GRADIENTS)
+#if defined(SPK_FORWARD) || defined(SPK_BACKWARD) || defined(SPK_MAP) || defined(SPK_MAP_BACK)
 
 // Where q, k or v comes from: what is read if it holds a number that is no spike.
 struct Source {
