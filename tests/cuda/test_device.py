@@ -118,6 +118,7 @@ def test_long_sequences_have_the_bits_of_the_definition(causal):
     check_attention(2, 1, 2, 2100, 2100, 64, order="state_first", causal=causal, device="cuda")
     if not causal:
         check_attention(1, 1, 1, 3, 70_000, 2, order="state_first", rate=0.999, device="cuda")
+    check_attention(3, 1, 2, 600, 600, 40, fire="map", causal=causal, device="cuda")
 
 
 @pytest.mark.parametrize("causal", [False, True])

@@ -11,6 +11,7 @@
 #define SPK_GRADIENTS
 #define SPK_MAP
 #define SPK_MAP_BACK
+#define SPK_MAP_TILES
 
 #define HOSTSIM_CONSTANTS(each)                                                                               \
     each(kVector) each(kSteps) each(kPacked) each(kStatic) each(kTensorTau) each(kDecayInput) each(kHardReset) \
@@ -42,7 +43,7 @@ namespace spiking_attention {
 #include "ops/spiking_attention/attend.cu"
 #include "ops/spiking_attention/gradients.cu"
 #include "ops/spiking_attention/map.cu"
-#include "ops/spiking_attention/map_back.cu"
+#include "ops/spiking_attention/pairs.cu"
 #include "ops/spiking_attention/pack.cu"
 #include "ops/spiking_attention/states.cu"
 }
@@ -63,4 +64,5 @@ HOSTSIM_EXPORT(spk_attention_gradients)
 HOSTSIM_EXPORT(spk_attention_forward)
 HOSTSIM_EXPORT(spk_attention_backward)
 HOSTSIM_EXPORT(spk_attention_map)
+HOSTSIM_EXPORT(spk_attention_map_tiles)
 HOSTSIM_EXPORT(spk_attention_map_back)

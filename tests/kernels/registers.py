@@ -51,7 +51,8 @@ def _programs() -> Iterator[tuple[str, str, str, Program]]:
     for E in (64, 128):
         yield from _attention("sm_90", torch.float32, E, "output", "map_first")
         yield from _attention("sm_90", torch.bfloat16, E, "output", "state_first", causal=True)
-    yield from _attention("sm_90", torch.float32, 128, "map", "auto", S=512)
+    for S in (512, 513):
+        yield from _attention("sm_90", torch.float32, 128, "map", "auto", S=S)
     for T in (8, 16, 32, 64):
         yield from _lif("sm_90", torch.float32, T, forward=False, tensor_tau=True)
 

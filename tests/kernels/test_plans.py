@@ -21,6 +21,8 @@ from spikeattn.ops.spiking_attention.cuda_plans import (
     plan_gather,
     plan_gradients,
     plan_map,
+    plan_map_back,
+    plan_map_tiles,
     plan_pack,
     plan_scan,
     plan_states,
@@ -126,6 +128,9 @@ def test_plans_of_spiking_attention_reach_every_token_within_the_limits(heads, E
             assert plan.grid[0] * plan.block[0] // 32 >= min(heads * -(-L // rows), 2**18)
             assert rows < 2 * L
             assert rows * words <= 16
+            for of_keys in (False, True):
+                check_limits(plan_map_back(heads, L, E, "bf16", True, of_keys))
+            check_limits(plan_map_tiles(heads, L, E, "bf16", False))
     check_limits(plan_pack(heads, E, "bf16", True))
     check_limits(plan_scan(heads * 1024 * words**2, "bf16"))
 

@@ -18,6 +18,7 @@ from spikeattn._cuda.source import Program
 from spikeattn._leak import leak
 from spikeattn.ops.spiking_attention.cuda_plans import (
     LANE,
+    MAX_MAP_KEYS,
     QUERIES,
     SEGMENT,
     is_state_first,
@@ -27,6 +28,7 @@ from spikeattn.ops.spiking_attention.cuda_plans import (
     plan_gradients,
     plan_map,
     plan_map_back,
+    plan_map_tiles,
     plan_pack,
     plan_scan,
     plan_states,
@@ -111,21 +113,26 @@ def attention_forward_cuda(
     masks = in_one_piece(query_padding_mask), in_one_piece(key_padding_mask)
     bits = bits or attention_bits_cuda(q, k, v, *masks, fire, order, is_causal, False)
     q, k, v = (rows_in_one_piece(x) for x in (q, k, v))
-    out = q.new_empty((T, B, L, H, E))
-    args: list[Argument] = [bits.rows_q, bits.rows_k, bits.columns_v]
-    if fire == "map":
-        plan = plan_map(B * H, L, S, E, storage, is_causal)
-        direction, constants = "map", plan.constants
+    out, width = q.new_empty((T, B, L, H, E)), 32 * words_of(E)
+    target, operands = out, [bits.rows_q, bits.rows_k, bits.columns_v]
+    if fire == "map" and S > MAX_MAP_KEYS:
+        plan, direction = plan_map_tiles(B * H, L, E, storage, is_causal), "map_tiles"
+        target, constants = q.new_empty((T, B, H, L, width), dtype=torch.float32), plan.constants
+    elif fire == "map":
+        plan, direction = plan_map(B * H, L, S, E, storage, is_causal), "map"
+        constants = plan.constants
     else:
         state_first = is_state_first(S, fire, order)
-        args.append(_states_to_attend_to(bits, q, S, is_causal) if state_first else None)
+        operands.append(_states_to_attend_to(bits, q, S, is_causal) if state_first else None)
         plan = plan_attention("forward", B * H, L, S, E, storage, state_first, is_causal, E % LANE == 0)
         direction, constants = "forward", (*plan.constants, ("kFires", int(fire == "output")))
     constants += _neuron(tau, v_reset) + NO_GRADIENT
-    args += [*_starts(scale), bits.odd, *_starts(q, k, v), *masks, out]
+    args: list[Argument] = [*operands, *_starts(scale), bits.odd, *_starts(q, k, v), *masks, target]
     args += [T, B * H, H, L, S, E, *strides(scale), *strides(q), *strides(k), *strides(v)]
     args += [leak(tau), float(v_threshold), float(v_reset or 0.0)]
     launch(plan, Program("spiking_attention", direction, storage, constants), args, q.device)
+    if target is not out:
+        out.copy_(target[..., :E].transpose(2, 3))
     return out.transpose(2, 3)
 
 

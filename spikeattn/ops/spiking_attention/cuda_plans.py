@@ -13,7 +13,7 @@ BUSY_WARPS = 2**12  # as many keep a device busy
 MAX_CHANNELS = 128  # of a head: 4 words of spikes
 MAX_TOKENS = 2**24  # sums of bytes stay below 2**31
 MAX_GROUPS = 2**26  # of 32 tokens, of all heads and steps: tasks are counted in 32 bits
-MAX_MAP_KEYS = 512  # where the map fires: the potentials of a query with all of them stay in registers
+MAX_MAP_KEYS = 512  # of spk_attention_map: the potentials of a query with all of them stay in registers
 
 QUERIES = 16  # of a warp of spk_attention_forward and _backward; kQueries in kernels.cu
 LANE = 8  # channels of a query that a lane holds there; kLane in attend.cu
@@ -22,12 +22,11 @@ MAP_SUMS = 16  # potentials that a lane of spk_attention_map holds at most
 FEW_KEYS = 64  # up to so many, counting keys costs less than making a state and reading it
 
 
-def takes(shape: Sequence[int], S: int, fire: str | None) -> bool:
+def takes(shape: Sequence[int], S: int) -> bool:
     """Whether the kernels take queries of a ``shape`` [T, B, H, L, E] and S keys; products and `lif` run the others."""
     T, B, H, L, E = shape
     tokens = max(L, S)
-    few = tokens < MAX_TOKENS and T * B * H * -(-tokens // 32) < MAX_GROUPS
-    return few and E <= MAX_CHANNELS and (fire != "map" or S <= MAX_MAP_KEYS)
+    return E <= MAX_CHANNELS and tokens < MAX_TOKENS and T * B * H * -(-tokens // 32) < MAX_GROUPS
 
 
 @lru_cache(maxsize=1024)
@@ -109,6 +108,14 @@ def plan_map(heads: int, L: int, S: int, E: int, storage: str, is_causal: bool =
     constants = ("kWords", words_of(E)), ("kRows", rows), ("kGroups", groups), ("kCausal", int(is_causal))
     tasks = heads * -(-L // rows)
     return LaunchPlan(f"spk_attention_map_{storage}", _grid(tasks), (BLOCK, 1, 1), 0, constants)
+
+
+@lru_cache(maxsize=1024)
+def plan_map_tiles(heads: int, L: int, E: int, storage: str, is_causal: bool) -> LaunchPlan:
+    """Plan of ``spk_attention_map_tiles``; the same for any T and S."""
+    constants = ("kWords", words_of(E)), ("kCausal", int(is_causal)), ("kOfKeys", 0)
+    grid = _grid(heads * -(-L // 16))
+    return LaunchPlan(f"spk_attention_map_tiles_{storage}", grid, (BLOCK, 1, 1), 4 * 16 * BLOCK, constants)
 
 
 @lru_cache(maxsize=1024)

@@ -3,7 +3,7 @@
 // if causal, S of the tokens before a chunk and R of those after it, and the map of the chunk besides. A float32 gradient
 // is the sum of three bfloat16 numbers, so that tensor cores lose nothing of it: spikes, and bytes of S, are exact.
 
-#if defined(SPK_GATHER) || defined(SPK_GRADIENTS) || defined(SPK_MAP_BACK)
+#if defined(SPK_GATHER) || defined(SPK_GRADIENTS) || defined(SPK_MAP_BACK) || defined(SPK_MAP_TILES)
 
 constexpr int kParts = sizeof(gradient) == 2 ? 1 : 3;  // bfloat16 numbers that a gradient is the sum of
 
@@ -176,7 +176,7 @@ SPK_ENTRY(spk_attention_scan)(gradient* sums, long long chunks, long long count)
 }
 
 #endif
-#if defined(SPK_GRADIENTS) || defined(SPK_MAP_BACK)
+#if defined(SPK_GRADIENTS) || defined(SPK_MAP_BACK) || defined(SPK_MAP_TILES)
 
 // The word of a token, 0 beyond the last.
 __device__ inline unsigned word_of(const unsigned* rows, int i, long long end, int w)

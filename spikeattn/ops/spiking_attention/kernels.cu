@@ -25,7 +25,7 @@ struct GradientOf<bf16> {
 };
 typedef GradientOf<storage>::type gradient;
 
-#if defined(SPK_FORWARD) || defined(SPK_BACKWARD) || defined(SPK_MAP) || defined(SPK_MAP_BACK)
+#if defined(SPK_FORWARD) || defined(SPK_BACKWARD) || defined(SPK_MAP) || defined(SPK_MAP_BACK) || defined(SPK_MAP_TILES)
 
 // Where q, k or v comes from: what is read if it holds a number that is no spike.
 struct Source {

@@ -186,18 +186,13 @@ def _empty_like(x: Tensor) -> Tensor:
     return x.new_empty((T, B, L, H, E)).transpose(2, 3)
 
 
-def _cupy_takes(q: Tensor, k: Tensor, fire: str | None, backend: str) -> bool:
+def _cupy_takes(q: Tensor, k: Tensor, backend: str) -> bool:
     """Whether the CUDA kernels of this operation run it; else products do, and the neurons' kernels."""
     if backend != "cupy":
         return False
     from spikeattn.ops.spiking_attention.cuda_plans import takes
 
-    return takes(q.shape, k.shape[3], fire)
-
-
-def _cupy_goes_back(q: Tensor, k: Tensor, backend: str) -> bool:
-    """Whether the CUDA kernels give the gradients, which take a map of any size."""
-    return q.numel() > 0 and k.numel() > 0 and _cupy_takes(q, k, None, backend)
+    return q.numel() > 0 and k.numel() > 0 and takes(q.shape, k.shape[3])
 
 
 def _gradients_on_cuda(
@@ -244,7 +239,7 @@ def spiking_attention_forward(
             return cpu.spiking_attention_forward_cpu(
                 spikes, scale, *masks, fire, is_causal, tau, v_threshold, v_reset
             )  # fmt: skip
-    if _cupy_takes(q, k, fire, backend):
+    if _cupy_takes(q, k, backend):
         from spikeattn.ops.spiking_attention.cuda import attention_forward_cuda
 
         inputs = (q, k, v, scale, query_padding_mask, key_padding_mask)
@@ -297,7 +292,7 @@ def spiking_attention_backward(
                 grad, spikes, steps_of_gradients(q, k, v), scale, query_padding_mask, key_padding_mask,
                 fire, is_causal, tau, v_threshold, v_reset, detach_reset, surrogate_of(surrogate, alpha),
             )  # fmt: skip
-    if _cupy_goes_back(q, k, backend):
+    if _cupy_takes(q, k, backend):
         return _gradients_on_cuda(
             None, grad, q, k, v, scale, query_padding_mask, key_padding_mask,
             fire, order, is_causal, tau, v_threshold, v_reset, detach_reset, surrogate, alpha, backend,
@@ -338,8 +333,7 @@ def _run_eagerly(ctx, run, inputs) -> Tensor:
 
         spikes = spikes_of(q, k, v)
     if spikes is None:
-        runs = _cupy_goes_back(q, k, backend) and _cupy_takes(q, k, fire, backend)
-        if runs and any(ctx.needs_input_grad) and not watched(inputs):
+        if any(ctx.needs_input_grad) and _cupy_takes(q, k, backend) and not watched(inputs):
             from spikeattn.ops.spiking_attention.cuda import attention_bits_cuda, attention_forward_cuda
 
             bits = attention_bits_cuda(q, k, v, *masks, fire, order, is_causal, True)

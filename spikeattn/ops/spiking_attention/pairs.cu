@@ -1,15 +1,16 @@
-// Gradients of attention whose map fires. After kernels.cu and gradients.cu, whose helpers this uses. With P the fired map,
-// dM = scale dL/dM and dP = dO V^T, which the neurons' backward takes to dL/dM:
-//   dL/dQ = dM K,   dL/dK = dM^T Q,   dL/dV = P^T dO.
+// Attention whose map fires, by tiles of the map: forward where map.cu has no room for a query's potentials, and the way
+// back. After kernels.cu and gradients.cu, whose helpers this uses. With P the fired map, dM = scale dL/dM and dP = dO V^T,
+// which the neurons' backward takes to dL/dM:
+//   O = P V,   dL/dQ = dM K,   dL/dK = dM^T Q,   dL/dV = P^T dO.
 
-#ifdef SPK_MAP_BACK
+#if defined(SPK_MAP_TILES) || defined(SPK_MAP_BACK)
 
 // What a warp works on: neurons of 16 rows from i0 and 32 columns from j0 on, queries by keys, or keys by queries if
 // kOfKeys. A lane holds 16: of rows group and group + 8, column 8 p + 2 quad + b, as n = 4 p + 2 r + b.
 struct Pairs {
     const Attention& x;
-    const gradient* grad;  // dO of all heads and steps
-    const unsigned *rows_v, *columns_q, *columns_k;
+    const gradient* grad;    // dO of all heads and steps
+    const unsigned* rows_v;  // likewise
     unsigned head;
     int i0, j0;
     bool numbers;
@@ -168,6 +169,72 @@ __device__ inline void multiply_numbers(const float (*tile)[4], Row row, long lo
     __syncwarp();  // the tile has been read
 }
 
+#endif
+#ifdef SPK_MAP_TILES
+
+// O in float32 [T, heads, L, 32 kWords]: a warp owns 16 queries, and goes from 32 keys to the next 32 with all steps of them.
+// Shared memory: 16 floats a thread, for numbers.
+SPK_ENTRY(spk_attention_map_tiles)(
+    const unsigned* SPK_RESTRICT q, const unsigned* SPK_RESTRICT k, const unsigned* SPK_RESTRICT columns_v,
+    const float* SPK_RESTRICT scale, const int* SPK_RESTRICT odd, const storage* SPK_RESTRICT source_q,
+    const storage* SPK_RESTRICT source_k, const storage* SPK_RESTRICT source_v, const bool* SPK_RESTRICT query_mask,
+    const bool* SPK_RESTRICT key_mask, float* to, long long T, long long heads, long long H, long long L, long long S,
+    long long E, long long scale_t, long long scale_b, long long scale_h, long long scale_l, long long q_t,
+    long long q_b, long long q_h, long long q_l, long long k_t, long long k_b, long long k_h, long long k_l,
+    long long v_t, long long v_b, long long v_h, long long v_l, float leak, float v_threshold, float v_reset)
+{
+    const Source from_q = {source_q, query_mask, L, q_t, q_b, q_h, q_l};
+    const Source from_k = {source_k, key_mask, S, k_t, k_b, k_h, k_l};
+    const Source from_v = {source_v, key_mask, S, v_t, v_b, v_h, v_l};
+    const Attention x = {q, k, nullptr, nullptr, scale, odd, from_q, from_k, from_v, heads, H, L, S, E,
+                         scale_t, scale_b, scale_h, scale_l};
+    const Neuron neuron = {leak, v_threshold, v_reset, 0.0f, 0.0f};
+    SPK_DYNAMIC_SMEM(float, smem);
+    float* shared = smem + threadIdx.x / 32 * 512;
+    Pairs pairs = {x, nullptr, nullptr, 0, 0, 0, *odd != 0};
+    const unsigned tiles = (L + 15) / 16, tasks = heads * tiles;
+    const long long groups = (S + 31) / 32;
+    for (unsigned task = first_warp(); task < tasks; task += warp_stride()) {
+        pairs.head = task / tiles;
+        pairs.i0 = task % tiles * 16;
+        const float* scales = x.scales(pairs.head, 0);
+        const int end = kCausal && pairs.i0 + 16 < S ? pairs.i0 + 16 : S;
+        for (pairs.j0 = 0; pairs.j0 < end; pairs.j0 += 32) {
+            float membrane[16], y[16];
+#pragma unroll
+            for (int n = 0; n < 16; ++n) membrane[n] = v_reset;
+            for (long long t = 0; t < T; ++t) {
+                const long long step = t * heads + pairs.head;
+                float fired[4][4], c[4 * kWords][4];
+                pairs.currents(t, scales, y);
+#pragma unroll
+                for (int n = 0; n < 16; ++n) {
+                    const float h = neuron.charge<false>(y[n], membrane[n]);
+                    fired[n / 4][n % 4] = neuron.fires(h) ? 1.0f : 0.0f;
+                    membrane[n] = neuron.reset(h);
+                }
+#pragma unroll
+                for (int n = 0; n < 16 * kWords; ++n) c[n / 4][n % 4] = 0.0f;
+                if (pairs.numbers) {
+                    const auto row = [&](int j) { return pairs.value(t, pairs.j0 + j); };
+                    multiply_numbers(fired, row, E, shared, c);
+                } else {
+#pragma unroll
+                    for (int half = 0; half < 2; ++half) {
+                        unsigned left[1][4];
+                        as_left<1>(fired, half, left);
+                        add_spikes<1>(left, columns_v + step * groups * 32 * kWords, pairs.j0 + 16 * half, c);
+                    }
+                }
+                add_rows(c, pairs.i0, L, pairs.j0 == 0, to + step * L * 32 * kWords);
+            }
+        }
+    }
+}
+
+#endif
+#ifdef SPK_MAP_BACK
+
 // dL/dQ, or dL/dK and dL/dV if kOfKeys, in float32 [T, heads, rows, 32 kWords]. Potentials before each segment but the
 // first wait in `checkpoints` [segments - 1, tiles, 16, 32], and H of a segment in shared memory: 16 (kSegment + 1) floats a
 // thread, and 16 for numbers.
@@ -191,7 +258,7 @@ SPK_ENTRY(spk_attention_map_back)(
     SPK_DYNAMIC_SMEM(float, smem);
     float *kept = smem + threadIdx.x, *kept_carry = kept + 16 * kSegment * blockDim.x;
     float* shared = smem + 16 * (kSegment + 1) * blockDim.x + threadIdx.x / 32 * 512;
-    Pairs pairs = {x, grad, rows_v, columns_q, columns_k, 0, 0, 0, *odd != 0};
+    Pairs pairs = {x, grad, rows_v, 0, 0, 0, *odd != 0};
     const unsigned tiles = (pairs.rows() + 15) / 16, tasks = heads * tiles;
     const long long segments = (T + kSegment - 1) / kSegment, groups = (pairs.columns() + 31) / 32;
     for (unsigned task = first_warp(); task < tasks; task += warp_stride()) {
