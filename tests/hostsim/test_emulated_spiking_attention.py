@@ -2,15 +2,18 @@
 
 import itertools
 from collections import Counter
+from contextlib import nullcontext
 
 import pytest
 import torch
 from cases import SURROGATES, ids
 from emulator import CUSTOM
 from kernel_cases import DTYPES, Neuron, assert_equal, attention_inputs, check_attention
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from spikeattn import ATan
-from spikeattn.ops.spiking_attention import cuda, cuda_plans
+from spikeattn.ops.spiking_attention import cuda, cuda_plans, op
 from spikeattn.ops.spiking_attention.op import _attention as attend
 from spikeattn.ops.spiking_attention.op import spiking_attention_backward, spiking_attention_forward
 
@@ -219,6 +222,57 @@ def test_a_surrogate_of_ones_own_reaches_the_backward(emulated):
     settings = (torch.randn(4, 1, 1, 3, 8), *inputs, "output", "auto", False, 2.0, 1.0, 0.0, True)
     own = cuda.attention_gradients_cuda(*settings, "custom_0", 1.0, CUSTOM)
     assert_equal(own, cuda.attention_gradients_cuda(*settings, "atan", ATan(2.0).alpha))
+
+
+@pytest.mark.parametrize("fire", ["output", "map", None])
+def test_what_is_kept_does_not_depend_on_who_watches(emulated, fire):
+    q, k, v, *rest = attention_inputs(4, 2, 2, 6, 6, 16, rate=0.4, dtype=torch.float32, fire=fire, masked=True)
+    order, grad, results = "map_first" if fire == "map" else "state_first", torch.randn_like(q), []
+    for forward_mode, backward_mode in itertools.product((nullcontext, FlopCounterMode), repeat=2):
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+
+        def call(*qkv):
+            return attend(*qkv, *rest, fire, order, False, 2.0, 1.0, 0.0, True, "atan", 2.0, "cupy")
+
+        with forward_mode(*[] if forward_mode is nullcontext else [None, 2, False]):
+            out = checkpoint(call, *leaves, use_reentrant=False)
+        with backward_mode(*[] if backward_mode is nullcontext else [None, 2, False]):
+            results.append(torch.autograd.grad(out, leaves, grad))
+    for result in results[1:]:
+        assert_equal([x.contiguous() for x in result], [x.contiguous() for x in results[0]])
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_gradients_of_few_steps_at_a_time_are_the_same(emulated, causal, monkeypatch):
+    inputs = attention_inputs(5, 2, 2, 40, 40, 24, rate=0.4, dtype=torch.float32, fire="output", masked=True)
+    settings = (*inputs, "output", "auto", causal, 2.0, 1.0, 0.0, True, "atan", 2.0)
+    grad = torch.randn(5, 2, 40, 2, 24).transpose(2, 3)
+    whole = cuda.attention_gradients_cuda(grad, *settings)
+    for steps in (1, 2):
+        monkeypatch.setattr(cuda, "SCRATCH_BYTES", steps * 4 * 1024 * (2 + 8))
+        assert len(cuda._slices(5, 4, 40, 40, 24, "f32", causal)) == -(-5 // steps)
+        sliced = cuda.attention_gradients_cuda(grad, *settings)
+        assert_equal([x.contiguous() for x in sliced], [x.contiguous() for x in whole])
+
+
+def test_devices_without_tensor_cores_take_products(emulated, monkeypatch):
+    launched = Counter()
+    monkeypatch.setattr(cuda, "launch", lambda plan, *args: launched.update([plan.kernel]))
+    monkeypatch.setattr(op, "_has_tensor_cores", lambda device: False)
+    q, k, v, *rest = attention_inputs(4, 2, 2, 6, 6, 16, rate=0.4, dtype=torch.float32, fire=None, masked=True)
+    settings = (None, "auto", False, 2.0, 1.0, 0.0, True, "atan", 2.0)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    results = [attend(*leaves, *rest, *settings, backend) for backend in ("cupy", "torch")]
+    assert torch.equal(*results)
+    got, wanted = (torch.autograd.grad(out.sum(), leaves) for out in results)
+    assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+    assert not launched
+    for capability, has in (((7, 5), False), ((8, 0), True), ((9, 0), True), ((10, 0), True)):
+        monkeypatch.undo()
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, capability=capability: capability)
+        op._has_tensor_cores.cache_clear()
+        assert op._has_tensor_cores(torch.device("cuda:0")) == has
+    op._has_tensor_cores.cache_clear()
 
 
 def test_what_the_kernels_leave_to_products():

@@ -46,6 +46,11 @@ def test_every_kernel_compiles_without_spills_in_the_recorded_registers(what, ar
         )
 
 
+def test_nothing_is_recorded_of_kernels_that_are_gone():
+    recorded = json.loads(RECORDED.read_text(encoding="utf-8"))
+    assert set(recorded) == {"NVRTC", *(f"{kernel} {what}" for what, _, kernel, _ in programs())}
+
+
 def test_no_product_is_contracted_into_a_sum():
     """What the definition rounds twice stays two operations; the one fma of ours is the hard reset."""
     from cupy.cuda import nvrtc

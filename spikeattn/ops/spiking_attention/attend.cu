@@ -2,8 +2,8 @@
 
 #if defined(SPK_FORWARD) || defined(SPK_BACKWARD)
 
-// What a warp owns: kQueries queries of a head and the 32 channels of word w, over all t. A lane holds 16 neurons: of the
-// queries i[0] and i[1] the kLane channels from `channel` on, those of i[0] first.
+// What a warp owns: kQueries queries of a head and the 32 channels of word w, over all t. A lane holds 16 neurons: of
+// the queries i[0] and i[1] the kLane channels from `channel` on, those of i[0] first.
 struct Tile {
     unsigned head;
     int w, i0, i[2], channel;
@@ -36,8 +36,8 @@ __device__ inline void load_queries(const Attention& x, const Tile& tile, long l
     }
 }
 
-// sums += (Q K^T) V of 32 keys after another, those of the chunk if kStateFirst. Counts, which are bytes, are at once the
-// left side of the product with V: the keys are permuted so that a lane has them where that wants them.
+// sums += (Q K^T) V of 32 keys after another, those of the chunk if kStateFirst. Counts, which are bytes, are at once
+// the left side of the product with V: the keys are permuted so that a lane has them where that wants them.
 __device__ inline void add_map(
     const Attention& x, const Tile& tile, long long step, const unsigned* words, int (*sums)[4])
 {
@@ -115,23 +115,32 @@ __device__ inline void add_state(
     }
 }
 
-// (Q K^T) V of numbers: rare and slow, so that the host need not wait to learn which way to go. A neuron after another:
-// unrolled loops would take registers from the spikes.
+// (Q K^T) V of numbers: rare and slow, so that the host need not wait to learn which way to go. A query after another,
+// for unrolled loops would take registers from the spikes: with the lane first as a key, then as a channel.
 __device__ inline void sum_numbers(const Attention& x, const Tile& tile, long long t, float* y)
 {
+    const int channel = 32 * tile.w + lane();
 #pragma unroll 1
-    for (int n = 0; n < 2 * kLane; ++n) {
-        const int i = tile.i0 + group() + n / kLane * 8, channel = tile.channel + n % kLane;
-        const int end = kCausal ? i + 1 : x.S;
+    for (int row = 0; row < kQueries; ++row) {
+        const int i = tile.i0 + row, end = kCausal ? i + 1 : x.S;
         float sum = 0.0f;
 #pragma unroll 1
-        for (int j = 0; j < end; ++j) {
-            const storage* value = x.source_v.row(t, tile.head / x.H, tile.head % x.H, j);
-            if (value && channel < x.E) sum = __fmaf_rn(x.dot(t, tile.head, i, j), to_float(value[channel]), sum);
+        for (int j0 = 0; j0 < end; j0 += 32) {
+            const float product = j0 + lane() < end ? x.dot(t, tile.head, i, j0 + lane()) : 0.0f;
+#pragma unroll 1
+            for (int j = 0; j < 32; ++j) {
+                const float shared = __uint_as_float(__shfl_sync(kAllLanes, __float_as_uint(product), j));
+                const storage* value = x.source_v.row(t, tile.head / x.H, tile.head % x.H, j0 + j);
+                if (value && channel < x.E) sum = __fmaf_rn(shared, to_float(value[channel]), sum);
+            }
         }
 #pragma unroll
-        for (int m = 0; m < 2 * kLane; ++m)  // an index that is not known when compiled would take y to memory
-            if (m == n) y[m] = sum;
+        for (int c = 0; c < kLane; ++c) {
+            const unsigned mine = __shfl_sync(kAllLanes, __float_as_uint(sum), kLane * quad() + c);
+#pragma unroll
+            for (int r = 0; r < 2; ++r)  // an index that is not known when compiled would take y to memory
+                if (row == group() + 8 * r) y[kLane * r + c] = __uint_as_float(mine);
+        }
     }
 }
 
@@ -158,7 +167,8 @@ __device__ inline void attend(
 __device__ inline void load_scale(const Attention& x, const Tile& tile, const float* scales, long long t, float* to)
 {
 #pragma unroll
-    for (int r = 0; r < 2; ++r) to[r] = tile.i[r] < x.L ? scales[t * x.scale_t + (tile.i[r] - tile.i0) * x.scale_l] : 0.0f;
+    for (int r = 0; r < 2; ++r)
+        to[r] = tile.i[r] < x.L ? scales[t * x.scale_t + (tile.i[r] - tile.i0) * x.scale_l] : 0.0f;
 }
 
 #endif
@@ -217,9 +227,9 @@ SPK_ENTRY(spk_attention_forward)(
 #endif
 #ifdef SPK_BACKWARD
 
-// G = scale dL/dY [T, B, H, L, 32 kWords] of grad_spikes [T, B, H, L, E], of any strides but 1 along E. The way forwards leaves the potentials
-// before each segment but the first in `checkpoints` [segments - 1, tiles, 16, 32]; the way back makes the currents of a
-// segment again. Dynamic shared memory: 16 (kSegment + 1) floats a thread.
+// G = scale dL/dY [T, B, H, L, 32 kWords] of grad_spikes [T, B, H, L, E], of any strides but 1 along E. The way
+// forwards leaves the potentials before each segment but the first in `checkpoints` [segments - 1, tiles, 16, 32]; the
+// way back makes the currents of a segment again. Dynamic shared memory: 16 (kSegment + 1) floats a thread.
 SPK_ENTRY(spk_attention_backward)(
     const storage* SPK_RESTRICT grad_spikes, const unsigned* SPK_RESTRICT q, const unsigned* SPK_RESTRICT k,
     const unsigned* SPK_RESTRICT v, const unsigned char* SPK_RESTRICT states, const float* SPK_RESTRICT scale,
@@ -305,7 +315,8 @@ SPK_ENTRY(spk_attention_backward)(
 #pragma unroll
                     for (int c = 0; c < kLane; ++c) {
                         const float h = kept[(2 * kLane * (t - t0) + kLane * r + c) * blockDim.x];
-                        g[c] = __fmul_rn(neuron.step_back<false>(neuron.grad_h<false>(g[c], carry[c], h), carry[c]), factor);
+                        const float of_h = neuron.grad_h<false>(g[c], carry[c], h);
+                        g[c] = __fmul_rn(neuron.step_back<false>(of_h, carry[c]), factor);
                     }
                     if (i < L) store_all<kLane>(to + t * heads * L * 32 * kWords, g);
                 }

@@ -1,5 +1,6 @@
 """Calls of the CUDA kernels, which allocate their outputs. Layout and bytes: ``README.md``."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ from spikeattn.ops.spiking_attention.cuda_plans import (
     LANE,
     MAX_MAP_KEYS,
     QUERIES,
+    SCRATCH_BYTES,
     SEGMENT,
     is_state_first,
     pieces_of,
@@ -52,6 +54,11 @@ class Bits(NamedTuple):
     columns_v: Tensor
     odd: Tensor  # [1], not 0 if there is a number that is no spike
     states: Tensor | None = None  # to attend to; causal ones, which take as much as q, are made when they are needed
+
+    def of_steps(self, steps: slice) -> "Bits":
+        """Of some time steps, without states."""
+        own = [x if x is None or steps == slice(0, len(x)) else x[steps] for x in self[:6]]
+        return Bits(*own, self.odd)  # type: ignore[arg-type, call-arg]
 
 
 def attention_bits_cuda(
@@ -205,12 +212,11 @@ def attention_gradients_cuda(
 
     ``derivative`` as for `attention_backward_cuda`; ``bits`` of the same call, for the way back.
     """
-    (T, B, H, L, E), S, storage, heads = q.shape, k.shape[3], STORAGE[q.dtype], q.shape[:3].numel()
+    (T, B, H, L, E), S, storage = q.shape, k.shape[3], STORAGE[q.dtype]
     outs = [room_for_gradient(x) for x in (q, k, v)]
     masks = in_one_piece(query_padding_mask), in_one_piece(key_padding_mask)
     bits = bits or attention_bits_cuda(q, k, v, *masks, fire, order, is_causal, True)
     q, k, v = (rows_in_one_piece(x) for x in (q, k, v))
-    width = 32 * words_of(E)
     if fire == "map":
         wide = _gradients_of_map(
             _wide(grad, q), q, k, v, scale, *masks, bits, is_causal,
@@ -226,6 +232,33 @@ def attention_gradients_cuda(
         )  # fmt: skip
     else:
         grad = _wide(grad * scale, q)
+    for steps in _slices(T, B * H, L, S, E, storage, is_causal):
+        tensors = [x if steps == slice(0, T) else x[steps] for x in (grad, q, k, v, *outs)]
+        _gradients_of_products(tensors, *masks, bits.of_steps(steps), is_causal)
+    grad_q, grad_k, grad_v = outs
+    return grad_q, grad_k, grad_v
+
+
+def _slices(T: int, heads: int, L: int, S: int, E: int, storage: str, is_causal: bool) -> list[slice]:
+    """Time steps together as long as their states and sums take no more than `SCRATCH_BYTES`."""
+    _, parts = plan_gather(T * heads, L, E, storage, is_causal)
+    chunks, size = -(-S // CHUNK) if is_causal else 1, 2 if storage == "bf16" else 4
+    bytes_a_step = heads * (32 * words_of(E)) ** 2 * (2 * chunks * pieces_of(S) + 2 * parts * size)
+    steps = max(1, min(T, SCRATCH_BYTES // bytes_a_step))
+    return [slice(t, min(T, t + steps)) for t in range(0, T, steps)]
+
+
+def _gradients_of_products(
+    tensors: Sequence[Tensor],
+    query_padding_mask: Tensor | None,
+    key_padding_mask: Tensor | None,
+    bits: Bits,
+    is_causal: bool,
+) -> None:
+    """Write the gradients of q, k and v; ``tensors`` are G [T, B, H, L, 32 words], q, k, v and these gradients."""
+    grad, q, k, v, *outs = tensors
+    (T, B, H, L, E), S, storage, heads = q.shape, k.shape[3], STORAGE[q.dtype], q.shape[:3].numel()
+    width = 32 * words_of(E)
     states = _states(bits, q, S, is_causal, back=True)
     plan, parts = plan_gather(heads, L, E, storage, is_causal)
     sums = grad.new_empty((2, parts, heads, width, width))
@@ -237,10 +270,9 @@ def attention_gradients_cuda(
         sums = sums.sum(1)
     plan = plan_gradients(heads, L, S, E, storage, is_causal, _are_aligned(LANE, *outs))
     args: list[Argument] = [grad, bits.rows_q, bits.columns_q, bits.rows_k, bits.columns_k, bits.rows_v, states]
-    args += [sums[0], sums[1], bits.odd, *_starts(q, k, v), *masks, *_starts(*outs), T, B, H, L, S, E]
-    _run("gradients", plan, [*args, *(stride for x in (q, k, v, *outs) for stride in strides(x))], q)
-    grad_q, grad_k, grad_v = outs
-    return grad_q, grad_k, grad_v
+    args += [sums[0], sums[1], bits.odd, *_starts(q, k, v), query_padding_mask, key_padding_mask, *_starts(*outs)]
+    args += [T, B, H, L, S, E, *(stride for x in (q, k, v, *outs) for stride in strides(x))]
+    _run("gradients", plan, args, q)
 
 
 def _gradients_of_map(

@@ -16,8 +16,9 @@ MAX_GROUPS = 2**26  # of 32 tokens, of all heads and steps: tasks are counted in
 MAX_MAP_KEYS = 512  # of spk_attention_map: the potentials of a query with all of them stay in registers
 
 QUERIES = 16  # of a warp of spk_attention_forward and _backward; kQueries in kernels.cu
-LANE = 8  # channels of a query that a lane holds there; kLane in attend.cu
+LANE = 8  # channels of a query that a lane holds there; kLane in kernels.cu
 SEGMENT = 4  # steps between checkpoints on the way back; kSegment in kernels.cu
+SCRATCH_BYTES = 2**27  # of states and sums of gradients at once, but of one step at least
 MAP_SUMS = 16  # potentials that a lane of spk_attention_map holds at most
 FEW_KEYS = 64  # up to so many, counting keys costs less than making a state and reading it
 

@@ -1,7 +1,8 @@
 // Gradients of q, k and v from G = scale dL/dY. After kernels.cu. With S = K^T V [e, f] and R = Q^T G [e, f],
 //   dL/dQ = G S^T,   dL/dK = V R^T,   dL/dV = K R;
-// if causal, S of the tokens before a chunk and R of those after it, and the map of the chunk besides. A float32 gradient
-// is the sum of three bfloat16 numbers, so that tensor cores lose nothing of it: spikes, and bytes of S, are exact.
+// if causal, S of the tokens before a chunk and R of those after it, and the map of the chunk besides. A float32
+// gradient is the sum of three bfloat16 numbers, so that tensor cores lose nothing of it: spikes, and bytes of S, are
+// exact.
 
 #if defined(SPK_GATHER) || defined(SPK_GRADIENTS) || defined(SPK_MAP_BACK) || defined(SPK_MAP_TILES)
 
@@ -52,8 +53,8 @@ __device__ inline void split(float x0, float x1, unsigned* parts)
     }
 }
 
-// Sixteen tokens from i0 on, before `end`, as the lane's rows of a right side: column p of four has channel p of `from`,
-// where the lane's four channels of token 0 are.
+// Sixteen tokens from i0 on, before `end`, as the lane's rows of a right side: column p of four has channel p of
+// `from`, where the lane's four channels of token 0 are.
 __device__ inline void load_tokens(const gradient* from, long long i0, long long end, unsigned (*parts)[kParts][2])
 {
     float x[4][4];
@@ -95,9 +96,9 @@ __device__ inline void transpose_groups(float* x)
         }
 }
 
-// R[e, f] = sum over i of Q[i, e] G[i, f] of every head and step, and its transpose: right sides [parts, heads, e, f] and
-// [parts, heads, f, e] of every part of the tokens, which are the chunks if kCausal. q: columns of Q. A warp owns 32 channels
-// f of a part, and of those of Q 16 kTiles, which divide 32 kWords.
+// R[e, f] = sum over i of Q[i, e] G[i, f] of every head and step, and its transpose: right sides [parts, heads, e, f]
+// and [parts, heads, f, e] of every part of the tokens, which are the chunks if kCausal. q: columns of Q. A warp owns
+// 32 channels f of a part, and of those of Q 16 kTiles, which divide 32 kWords.
 SPK_ENTRY(spk_attention_gather)(
     const gradient* SPK_RESTRICT grad, const unsigned* SPK_RESTRICT q, gradient* SPK_RESTRICT sums,
     gradient* SPK_RESTRICT transposed, long long parts, long long heads, long long L)
@@ -377,30 +378,40 @@ __device__ inline void gradient_of_v(const Back& x, int j0, float (*c)[4])
             unsigned b[4][kParts][2];
             load_tokens(x.grad + 32 * w + 4 * group(), i0, x.L, b);
 #pragma unroll
-            for (int n = 0; n < 4 * kParts; ++n) multiply_add(c[4 * w + n / kParts], left[0], b[n / kParts][n % kParts]);
+            for (int n = 0; n < 4 * kParts; ++n)
+                multiply_add(c[4 * w + n / kParts], left[0], b[n / kParts][n % kParts]);
         }
     }
 }
 
-// Entry `channel` of (A B^T) C as numbers, a row of A and rows `from` to `to` of B and C: rare and slow.
+// A row of (A B^T) C as numbers, of rows `from` to `to` of B and C that are not masked: rare and slow. The lane is
+// first one of these rows, then channel 32 w + lane of sums[w].
 template <class TA, class TB, class TC>
-__device__ inline float sum_numbers(
+__device__ inline void sum_numbers(
     const TA* a, const TB* b, const TC* c, const bool* mask, long long from, long long to, long long b_step,
-    long long c_step, long long E, int channel)
+    long long c_step, long long E, float* sums)
 {
-    float sum = 0.0f;
 #pragma unroll 1
-    for (long long j = from; j < to; ++j) {
-        if (mask && mask[j]) continue;
+    for (long long j0 = from; j0 < to; j0 += 32) {
+        const long long mine = j0 + lane();
         float product = 0.0f;
 #pragma unroll 1
-        for (long long e = 0; e < E; ++e) product = __fmaf_rn(to_float(a[e]), to_float(b[j * b_step + e]), product);
-        sum = __fmaf_rn(product, to_float(c[j * c_step + channel]), sum);
+        for (long long e = 0; mine < to && !(mask && mask[mine]) && e < E; ++e)
+            product = __fmaf_rn(to_float(a[e]), to_float(b[mine * b_step + e]), product);
+#pragma unroll 1
+        for (int j = 0; j < 32; ++j) {
+            const float shared = __uint_as_float(__shfl_sync(kAllLanes, __float_as_uint(product), j));
+            if (j0 + j >= to || (mask && mask[j0 + j])) continue;
+#pragma unroll
+            for (int w = 0; w < kWords; ++w)
+                if (32 * w + lane() < E)
+                    sums[w] = __fmaf_rn(shared, to_float(c[(j0 + j) * c_step + 32 * w + lane()]), sums[w]);
+        }
     }
-    return sum;
 }
 
-// Gradients of q, k and v, one a row of the grid, of any strides but 1 along E. A warp owns 16 tokens of a head at a time.
+// Gradients of q, k and v, one a row of the grid, of any strides but 1 along E. A warp owns 16 tokens of a head at a
+// time.
 SPK_ENTRY(spk_attention_gradients)(
     const gradient* SPK_RESTRICT grad, const unsigned* SPK_RESTRICT rows_q, const unsigned* SPK_RESTRICT columns_q,
     const unsigned* SPK_RESTRICT rows_k, const unsigned* SPK_RESTRICT columns_k, const unsigned* SPK_RESTRICT rows_v,
@@ -441,44 +452,50 @@ SPK_ENTRY(spk_attention_gradients)(
                         transposed + chunk_of_sums * width * width,
                         L,
                         S};
+        storage* to = out + t * out_t + b * out_b + h * out_h;
+        if (numbers) {
+            const storage* of_q_head = q + t * q_t + b * q_b + h * q_h;
+            const storage *of_k_head = k + t * k_t + b * k_b + h * k_h, *of_v_head = v + t * v_t + b * v_b + h * v_h;
+            const bool* no_query = query_mask ? query_mask + b * L : nullptr;
+            const bool* no_key = key_mask ? key_mask + b * S : nullptr;
+#pragma unroll 1
+            for (long long i = i0; i < i0 + 16 && i < tokens; ++i) {
+                const long long from = kCausal && !of_q ? i : 0, end = kCausal && of_q ? i + 1 : of_q ? S : L;
+                float sums_of[kWords];
+#pragma unroll
+                for (int w = 0; w < kWords; ++w) sums_of[w] = 0.0f;
+                if (mask && mask[b * tokens + i]) {
+                } else if (of_q) {
+                    sum_numbers(x.grad + i * width, of_v_head, of_k_head, no_key, from, end, v_l, k_l, E, sums_of);
+                } else if (of_k) {
+                    sum_numbers(of_v_head + i * v_l, x.grad, of_q_head, no_query, from, end, width, q_l, E, sums_of);
+                } else {
+                    sum_numbers(of_k_head + i * k_l, of_q_head, x.grad, no_query, from, end, q_l, width, E, sums_of);
+                }
+#pragma unroll
+                for (int w = 0; w < kWords; ++w)
+                    if (32 * w + lane() < E) from_float(to[i * out_l + 32 * w + lane()], sums_of[w]);
+            }
+            continue;
+        }
         float c[4 * kWords][4];
 #pragma unroll
         for (int n = 0; n < 16 * kWords; ++n) c[n / 4][n % 4] = 0.0f;
-        if (!numbers) {
-            if (of_q) gradient_of_q(x, i0, c);
-            else if (of_k) gradient_of_k(x, i0, c);
-            else gradient_of_v(x, i0, c);
-        }
+        if (of_q) gradient_of_q(x, i0, c);
+        else if (of_k) gradient_of_k(x, i0, c);
+        else gradient_of_v(x, i0, c);
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             const long long i = i0 + group() + 8 * r;
             if (i >= tokens) continue;
             const bool silent = mask && mask[b * tokens + i];
-            storage* to = out + t * out_t + b * out_b + h * out_h + i * out_l + 8 * quad();
 #pragma unroll
             for (int w = 0; w < kWords; ++w) {
+                const int channel = 32 * w + 8 * quad();
                 float y[8];
 #pragma unroll
                 for (int n = 0; n < 8; ++n) y[n] = silent ? 0.0f : c[4 * w + n % 4][2 * r + n / 4];
-                if (!numbers || silent) store_channels(to + 32 * w, E - 32 * w - 8 * quad(), y);
-            }
-            if (!numbers || silent) continue;
-            const storage* of_head_q = q + t * q_t + b * q_b + h * q_h;
-            const storage *of_head_k = k + t * k_t + b * k_b + h * k_h, *of_head_v = v + t * v_t + b * v_b + h * v_h;
-            const bool *no_query = query_mask ? query_mask + b * L : nullptr, *no_key = key_mask ? key_mask + b * S : nullptr;
-            const long long from = kCausal && !of_q ? i : 0, end = kCausal && of_q ? i + 1 : of_q ? S : L;
-#pragma unroll 1
-            for (int n = 0; n < 8 * kWords; ++n) {
-                const int channel = n / 8 * 32 + 8 * quad() + n % 8;
-                if (channel >= E) continue;
-                float sum;
-                if (of_q)
-                    sum = sum_numbers(x.grad + i * width, of_head_v, of_head_k, no_key, from, end, v_l, k_l, E, channel);
-                else if (of_k)
-                    sum = sum_numbers(of_head_v + i * v_l, x.grad, of_head_q, no_query, from, end, width, q_l, E, channel);
-                else
-                    sum = sum_numbers(of_head_k + i * k_l, of_head_q, x.grad, no_query, from, end, q_l, width, E, channel);
-                from_float(to[n / 8 * 32 + n % 8], sum);
+                store_channels(to + i * out_l + channel, E - channel, y);
             }
         }
     }

@@ -74,12 +74,13 @@ struct Attention {
 //   a [16, 32] bytes: rows group and group + 8, four bytes of each, then four more of each
 //   b [32, 8] bytes:  column group at the same
 //   c [16, 8]:        row group at columns 2 quad and 2 quad + 1, then row group + 8 at the same
-// and of bfloat16, a [16, 16] and b [16, 8], two for four. Which of the numbers that are summed over a lane holds is free
-// as long as a and b agree: here eight neighbours of 32, those from 8 quad on, in one product of bytes or two of bfloat16.
-// Of 32 columns, product p has 4 n + p at n, so that a lane holds eight neighbours of each row, too: 8 quad + 4 n + p.
+// and of bfloat16, a [16, 16] and b [16, 8], two for four. Which of the numbers that are summed over a lane holds is
+// free as long as a and b agree: here eight neighbours of 32, those from 8 quad on, in one product of bytes or two of
+// bfloat16. Of 32 columns, product p has 4 n + p at n, so that a lane holds eight neighbours of each row, too: 8 quad +
+// 4 n + p.
 //
-// A right side [columns, summed over], each 32 kWords, lies in memory as the lanes load it: kWords pieces of 256 numbers
-// for every product, eight a lane.
+// A right side [columns, summed over], each 32 kWords, lies in memory as the lanes load it: kWords pieces of 256
+// numbers for every product, eight a lane.
 
 __device__ inline int group() { return lane() / 4; }
 __device__ inline int quad() { return lane() % 4; }
@@ -97,7 +98,8 @@ __device__ inline void multiply_add(int* c, const unsigned* a, const unsigned* b
     hostsim::multiply_add_bytes(c, a, b);
 #else
     asm volatile(
-        "mma.sync.aligned.m16n8k32.row.col.s32.u8.u8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        "mma.sync.aligned.m16n8k32.row.col.s32.u8.u8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
         : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 #endif

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Sequence
+from functools import cache
 
 import torch
 from jaxtyping import Bool, Float
@@ -84,9 +85,9 @@ def spiking_attention(
         In memory [T, B, L, H, E], so that merging the heads copies nothing.
 
     Gradient:
-        To ``q``, ``k`` and ``v``, in memory linear in L: only these are kept, on a CPU as one bit a spike; products and
-        potentials are computed again. Derivation in ``ops/spiking_attention/README.md``. No second derivative, no
-        `torch.func`.
+        To ``q``, ``k`` and ``v``, in memory linear in L: these are kept, on a CPU as one bit a spike, on CUDA as bits,
+        too; products and potentials are computed again. Derivation in ``ops/spiking_attention/README.md``. No second
+        derivative, no `torch.func`.
 
     Numerics:
         Sums of products of 0 and 1 are integers, at most S * E; float32 holds them exactly up to 2**24. So with a power
@@ -188,11 +189,17 @@ def _empty_like(x: Tensor) -> Tensor:
 
 def _cupy_takes(q: Tensor, k: Tensor, backend: str) -> bool:
     """Whether the CUDA kernels of this operation run it; else products do, and the neurons' kernels."""
-    if backend != "cupy":
+    if backend != "cupy" or not _has_tensor_cores(q.device):
         return False
     from spikeattn.ops.spiking_attention.cuda_plans import takes
 
     return q.numel() > 0 and k.numel() > 0 and takes(q.shape, k.shape[3])
+
+
+@cache
+def _has_tensor_cores(device: torch.device) -> bool:
+    """Whether a device multiplies bytes and bfloat16: from Ampere on. The emulator of the tests does."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _gradients_on_cuda(
@@ -318,41 +325,59 @@ def _(
 def _save(ctx, inputs, output) -> None:
     """Keep the inputs only: the backward computes products and potentials again."""
     q, k, v, scale, query_padding_mask, key_padding_mask, *ctx.settings = inputs
+    ctx.keeps = "numbers"
     ctx.save_for_backward(q, k, v, scale, query_padding_mask, key_padding_mask)
 
 
 def _run_eagerly(ctx, run, inputs) -> Tensor:
-    """Keep spikes as bits where kernels run, which attend to bits: on a CPU instead of ``q``, ``k`` and ``v``."""
-    q, k, v, scale, query_padding_mask, key_padding_mask, *settings = inputs
-    fire, order, is_causal, tau, v_threshold, v_reset, *_, backend = settings
-    masks = (query_padding_mask, key_padding_mask)
-    spikes = None
-    if backend == "numba" and any(ctx.needs_input_grad):
-        from spikeattn.ops.spiking_attention import cpu
+    """Keep spikes as bits where kernels run, which attend to bits. What is kept is the same if somebody watches."""
+    q, k, v, *_, backend = inputs
+    if any(ctx.needs_input_grad) and _cupy_takes(q, k, backend):
+        return _run_on_cuda(ctx, run, inputs)
+    if any(ctx.needs_input_grad) and backend == "numba":
         from spikeattn.ops.spiking_attention.cpu_inputs import spikes_of
 
-        spikes = spikes_of(q, k, v)
-    if spikes is None:
-        if any(ctx.needs_input_grad) and _cupy_takes(q, k, backend) and not watched(inputs):
-            from spikeattn.ops.spiking_attention.cuda import attention_bits_cuda, attention_forward_cuda
+        if spikes := spikes_of(q, k, v):
+            return _run_on_cpu(ctx, run, inputs, spikes)
+    out = run(*inputs)
+    _save(ctx, inputs, out)
+    return out
 
-            bits = attention_bits_cuda(q, k, v, *masks, fire, order, is_causal, True)
-            out = attention_forward_cuda(
-                q, k, v, scale, *masks, fire, order, is_causal, tau, v_threshold, v_reset, bits
-            )  # fmt: skip
-            ctx.settings = settings
-            ctx.save_for_backward(*bits, q, k, v, scale, *masks)
-            return out
+
+def _run_on_cuda(ctx, run, inputs) -> Tensor:
+    """Keep bits besides ``q``, ``k`` and ``v``: only the device knows whether these hold numbers that are no spikes."""
+    from spikeattn.ops.spiking_attention.cuda import attention_bits_cuda, attention_forward_cuda
+
+    q, k, v, scale, query_padding_mask, key_padding_mask, *settings = inputs
+    fire, order, is_causal, tau, v_threshold, v_reset, *_ = settings
+    masks = (query_padding_mask, key_padding_mask)
+    bits = attention_bits_cuda(q, k, v, *masks, fire, order, is_causal, True)
+    if watched(inputs):
         out = run(*inputs)
-        _save(ctx, inputs, out)
-        return out
+    else:
+        out = attention_forward_cuda(
+            q, k, v, scale, *masks, fire, order, is_causal, tau, v_threshold, v_reset, bits
+        )  # fmt: skip
+    ctx.settings, ctx.keeps = settings, "bits and numbers"
+    ctx.save_for_backward(*bits, q, k, v, scale, *masks)
+    return out
+
+
+def _run_on_cpu(ctx, run, inputs, spikes) -> Tensor:
+    """Keep bits instead of ``q``, ``k`` and ``v``."""
+    from spikeattn.ops.spiking_attention import cpu
+
+    q, k, v, scale, query_padding_mask, key_padding_mask, *settings = inputs
+    fire, _, is_causal, tau, v_threshold, v_reset, *_ = settings
+    masks = (query_padding_mask, key_padding_mask)
     if cpu.takes(q.shape, k.shape[3], q.dtype, scale, fire, is_causal) and not watched(inputs):
         out = cpu.spiking_attention_forward_cpu(
             spikes, scale, *masks, fire, is_causal, tau, v_threshold, v_reset
         )  # fmt: skip
     else:
         out = run(*inputs)
-    ctx.settings, ctx.layouts, ctx.steps = settings, [x[1:] for x in spikes], steps_of_gradients(q, k, v)
+    ctx.settings, ctx.keeps = settings, "bits"
+    ctx.layouts, ctx.steps = [x[1:] for x in spikes], steps_of_gradients(q, k, v)
     ctx.save_for_backward(*(x.bits for x in spikes), scale, *masks)
     return out
 
@@ -361,13 +386,14 @@ def _backward(ctx, grad):
     """Hand over to the registered backward, or bits to kernels; None for an input that needs no gradient."""
     *kept, scale, query_padding_mask, key_padding_mask = ctx.saved_tensors  # once: checkpointing allows no second look
     inputs: tuple[Tensor, Tensor | None, Tensor | None] = (scale, query_padding_mask, key_padding_mask)
-    *bits, q, k, v = kept
-    if hasattr(ctx, "layouts"):
+    if ctx.keeps == "bits":
         grads = _backward_of_bits(ctx, grad, kept, inputs)
-    elif bits and not (torch.is_grad_enabled() or watched((grad, q, k, v, *inputs))):
-        grads = _gradients_on_cuda(bits, grad, q, k, v, *inputs, *ctx.settings)
     else:
-        grads = _attention_backward(grad, q, k, v, *inputs, *ctx.settings)
+        *bits, q, k, v = kept
+        if bits and not (torch.is_grad_enabled() or watched((grad, q, k, v, *inputs))):
+            grads = _gradients_on_cuda(bits, grad, q, k, v, *inputs, *ctx.settings)
+        else:  # where there is a graph to be made, it says that it has no second derivative
+            grads = _attention_backward(grad, q, k, v, *inputs, *ctx.settings)
     needed = [g if need else None for g, need in zip(grads, ctx.needs_input_grad[:3], strict=True)]
     return (*needed, *(None,) * (3 + len(ctx.settings)))
 

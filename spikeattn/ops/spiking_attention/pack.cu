@@ -29,8 +29,8 @@ struct One<bf16> {
     static constexpr unsigned bits = 0x3F80, lowest = 7;
 };
 
-// Which of the neighbours in `raw` are spikes, by bit; `strange` is not 0 after one that is neither 0, -0 nor 1. Two 16-bit
-// numbers are looked at together.
+// Which of the neighbours in `raw` are spikes, by bit; `strange` is not 0 after one that is neither 0, -0 nor 1. Two
+// 16-bit numbers are looked at together.
 __device__ inline unsigned spikes_of(const uint4& raw, unsigned& strange)
 {
     const unsigned words[4] = {raw.x, raw.y, raw.z, raw.w};

@@ -1,6 +1,6 @@
-// Attention whose map fires, by tiles of the map: forward where map.cu has no room for a query's potentials, and the way
-// back. After kernels.cu and gradients.cu, whose helpers this uses. With P the fired map, dM = scale dL/dM and dP = dO V^T,
-// which the neurons' backward takes to dL/dM:
+// Attention whose map fires, by tiles of the map: forward where map.cu has no room for a query's potentials, and the
+// way back. After kernels.cu and gradients.cu, whose helpers this uses. With P the fired map, dM = scale dL/dM and dP =
+// dO V^T, which the neurons' backward takes to dL/dM:
 //   O = P V,   dL/dQ = dM K,   dL/dK = dM^T Q,   dL/dV = P^T dO.
 
 #if defined(SPK_MAP_TILES) || defined(SPK_MAP_BACK)
@@ -172,8 +172,8 @@ __device__ inline void multiply_numbers(const float (*tile)[4], Row row, long lo
 #endif
 #ifdef SPK_MAP_TILES
 
-// O in float32 [T, heads, L, 32 kWords]: a warp owns 16 queries, and goes from 32 keys to the next 32 with all steps of them.
-// Shared memory: 16 floats a thread, for numbers.
+// O in float32 [T, heads, L, 32 kWords]: a warp owns 16 queries, and goes from 32 keys to the next 32 with all steps of
+// them. Shared memory: 16 floats a thread, for numbers.
 SPK_ENTRY(spk_attention_map_tiles)(
     const unsigned* SPK_RESTRICT q, const unsigned* SPK_RESTRICT k, const unsigned* SPK_RESTRICT columns_v,
     const float* SPK_RESTRICT scale, const int* SPK_RESTRICT odd, const storage* SPK_RESTRICT source_q,
@@ -236,8 +236,8 @@ SPK_ENTRY(spk_attention_map_tiles)(
 #ifdef SPK_MAP_BACK
 
 // dL/dQ, or dL/dK and dL/dV if kOfKeys, in float32 [T, heads, rows, 32 kWords]. Potentials before each segment but the
-// first wait in `checkpoints` [segments - 1, tiles, 16, 32], and H of a segment in shared memory: 16 (kSegment + 1) floats a
-// thread, and 16 for numbers.
+// first wait in `checkpoints` [segments - 1, tiles, 16, 32], and H of a segment in shared memory: 16 (kSegment + 1)
+// floats a thread, and 16 for numbers.
 SPK_ENTRY(spk_attention_map_back)(
     const gradient* SPK_RESTRICT grad, const unsigned* SPK_RESTRICT q, const unsigned* SPK_RESTRICT columns_q,
     const unsigned* SPK_RESTRICT k, const unsigned* SPK_RESTRICT columns_k, const unsigned* SPK_RESTRICT rows_v,

@@ -4,8 +4,8 @@
 
 // A warp multiplies 16 channels of values, f, with 32 channels of keys, e: four products.
 
-// Adds the spikes of tokens, groups `from` to `to` of 32: the next group's are on their way while one is worked on. `keys`
-// begins with the lane's first channel, `values` with that of its row.
+// Adds the spikes of tokens, groups `from` to `to` of 32: the next group's are on their way while one is worked on.
+// `keys` begins with the lane's first channel, `values` with that of its row.
 __device__ inline void add_tokens(
     const unsigned* keys, const unsigned* values, long long from, long long to, int (*sums)[4])
 {
@@ -70,9 +70,9 @@ __device__ inline void store_state(const int (*sums)[4], int f, int e, T* to)
         }
 }
 
-// (V^T K)[f, e] of every head and step from columns, by bytes of the sums, the lowest first: right sides [heads, kPieces, f,
-// e]; if kCausal, of the tokens before every chunk: [heads, chunks, kPieces, f, e]. kSplit warps share the tokens of a task;
-// they add up in shared memory, 2048 bytes each.
+// (V^T K)[f, e] of every head and step from columns, by bytes of the sums, the lowest first: right sides [heads,
+// kPieces, f, e]; if kCausal, of the tokens before every chunk: [heads, chunks, kPieces, f, e]. kSplit warps share the
+// tokens of a task; they add up in shared memory, 2048 bytes each.
 template <class T>
 __device__ inline void sum_states(const unsigned* keys, const unsigned* values, T* states, long long heads, long long S)
 {
