@@ -98,7 +98,7 @@ def advance(
     spoken, *after = dialogue_states(u, speakers, mask, before, stacked("p_cell", "g_cell"), attention)
     p, g, context, logsumexp = after
     states = gru(spoken, e, *stacked("e_cell"))
-    return states, DialogueState(g, states[:, :, -1], p, context, logsumexp)
+    return states, DialogueState(g, states[:, :, -1].clone(), p, context, logsumexp)
 
 
 class DialogueRNN(nn.Module):

@@ -105,7 +105,8 @@ class _DialogueStates(torch.autograd.Function):
         ctx.save_for_backward(u, starts, last, by_c, by_own, by_g, by_u, attention, gates, states, shares)
         p = flat.index_select(0, last).view(M, B, P, D)
         spoken, g, c = states[:, :, P:-1, 0], states[:, :, -2, 1], states[:, :, -1, 2]
-        return spoken.clone(), p, g.clone(), c.clone(), scores[L, ..., 1:].clone()
+        # No views, which could not be changed in place; and backward reads the states.
+        return spoken.clone(), p.clone(), g.clone(), c.clone(), scores[L, ..., 1:].clone()
 
     @staticmethod
     @without_autocast

@@ -114,7 +114,7 @@ class _GRU(torch.autograd.Function):
                 gates[:, :, t] = sums[:, :, t]
             gru_step(gates[:, :, t].unflatten(-1, (4, D)), states[:, :, t], states[:, :, t + 1])
         ctx.save_for_backward(x, weight_ih, weight_hh, gates, states)
-        return states[:, :, 1:]
+        return states[:, :, 1:].clone()  # no view, which could not be changed in place; backward reads the states
 
     @staticmethod
     @without_autocast

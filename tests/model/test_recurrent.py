@@ -211,6 +211,24 @@ def test_a_changed_weight_is_noticed():
         out.sum().backward()
 
 
+def test_what_is_returned_may_be_changed_in_place():
+    for frozen in (False, True):
+        dialogues = case()
+        for leaf in dialogues.leaves:
+            leaf.requires_grad_(not frozen)
+        expected = weighted([2 * part for part in in_one(*dialogues)])
+        states, state = advance(*dialogues)
+        state.e.zero_()  # which leaves the states
+        got = weighted([part.mul_(2) for part in (states, state.g, state.p, state.context, state.logsumexp)])
+        torch.testing.assert_close(got, expected, **EXACT)
+        if not frozen:
+            grads = (torch.autograd.grad(loss, dialogues.leaves) for loss in (got, expected))
+            for ours, plain in zip(*grads, strict=True):
+                torch.testing.assert_close(ours, plain, **EXACT)
+        cell, *one = dialogues.cells[0], *(part[0] for part in dialogues[1:])
+        assert torch.equal(cell(*one).neg_(), -cell(*one))
+
+
 def test_there_is_no_second_derivative():
     dialogues = case()
     (grad,) = torch.autograd.grad(in_one(*dialogues)[0].square().sum(), dialogues.u, create_graph=True)
