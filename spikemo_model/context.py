@@ -42,7 +42,7 @@ class DialogueCell(nn.Module):
     ) -> Float[Tensor, "B L D"]:
         """Emotion states [B, L, D] of utterances ``u`` [B, L, D]; state t has seen utterances 1 ... t.
 
-        No party speaks at padding (``mask`` False).
+        No party speaks at padding (``mask`` False), whatever ``u`` holds there, NaN included.
         """
         return advance([self], u[None], speakers[None], mask[None])[0][0]
 
@@ -79,10 +79,11 @@ def advance(
     """Emotion states of M cells, cell m on ``u[m]``, which all go from utterance to utterance together.
 
     Also returned is where they stand after the last one, from which another call with ``state`` goes on. ``parties`` is
-    more than the largest index of a speaker; None looks it up.
+    more than the largest index of a speaker; None looks it up. At padding ``u`` counts as 0.
 
     The emotion states, which nothing else depends on, follow the others.
     """
+    u = u.masked_fill(~mask.unsqueeze(-1), 0.0)  # else NaN there would get into g, c and the gradients of weights
     dtype = torch.promote_types(u.dtype, cells[0].attention.weight.dtype)  # under autocast that of u alone is smaller
     g, e, p, context, logsumexp = DialogueState.start(u, dtype) if state is None else state
     parties = max(int(speakers.max()) + 1 if parties is None else parties, p.shape[2])

@@ -40,8 +40,9 @@ def case(dtype=torch.float64, M=2, lengths=(7, 3, 1), speakers=3):
 def definition(cell, u, speakers, mask, parties):
     """Emotion states [L, D] of one dialogue with its padding; in the end g, p, the context and the scores' logsumexp.
 
-    Utterance by utterance, with a softmax over all global states so far.
+    Utterance by utterance, with a softmax over all global states so far; ``u`` counts as 0 at padding.
     """
+    u = torch.where(mask[:, None], u, 0.0)
     g, e, context, scores, past, states = *(u.new_zeros(3, D).unbind()), [], [], []
     p = [u.new_zeros(D)] * parties
     for u_t, s, here in zip(u, speakers.tolist(), mask.tolist(), strict=True):
@@ -162,6 +163,24 @@ def test_padding_keeps_the_parties_to_the_bit():
         assert torch.equal(after.p[:, :, :parties], before.p)
         assert not after.p[:, :, parties:].any()
         assert not torch.equal(after.g, before.g)
+
+
+@pytest.mark.parametrize("low", [False, True])
+@pytest.mark.parametrize("anything", [torch.nan, torch.inf, -torch.inf, 3e38])
+def test_padding_may_hold_any_number(anything, low):
+    cells, u, speakers, mask = case(torch.float32, lengths=(7, 3, 0))
+    u.data[~mask] = 0.0
+    leaves = [u, *(p for cell in cells for p in cell.parameters())]
+    got = []
+    for _ in range(2):
+        with torch.autocast("cpu", torch.bfloat16, enabled=low):
+            parts = in_one(cells, u, speakers, mask)
+        got.append([*parts, *torch.autograd.grad(weighted(parts), leaves)])
+        u.data[~mask] = anything
+    for ours, plain in zip(*got, strict=True):
+        assert ours.isfinite().all()
+        assert torch.equal(ours, plain)
+    assert not got[1][5][~mask].any()
 
 
 def test_memory_is_written_before_it_is_read(poisoned):
