@@ -5,10 +5,10 @@ from collections.abc import Sequence
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from spikemo_model.recurrent import (
     candidate_first,
+    first_derivative_only,
     for_products,
     gate_bias,
     gate_derivatives,
@@ -110,7 +110,7 @@ class _DialogueStates(torch.autograd.Function):
 
     @staticmethod
     @without_autocast
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx, d_spoken, d_p, d_g, d_c, d_logsumexp):
         u, starts, last, by_c, by_own, by_g, by_u, attention, gates, states, shares = ctx.saved_tensors
         (M, B, L, D), P = d_spoken.shape, d_p.shape[2]

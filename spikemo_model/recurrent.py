@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
 
@@ -96,6 +95,21 @@ def without_autocast(method: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
+def first_derivative_only(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """The backward method of a torch.autograd.Function, which PyTorch cannot differentiate again.
+
+    torch.autograd.function.once_differentiable says nothing where the gradient that comes in needs none itself.
+    """
+
+    @wraps(backward)
+    def wrapped(ctx: Any, *grads: Tensor) -> Any:
+        if torch.is_grad_enabled():
+            raise RuntimeError("DialogueRNN: GRUs have no second derivative; call backward without create_graph=True.")
+        return backward(ctx, *grads)
+
+    return wrapped
+
+
 class _GRU(torch.autograd.Function):
     @staticmethod
     @without_autocast
@@ -118,7 +132,7 @@ class _GRU(torch.autograd.Function):
 
     @staticmethod
     @without_autocast
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx, grad):
         x, weight_ih, weight_hh, gates, states = ctx.saved_tensors
         M, B, L, D = grad.shape
