@@ -6,12 +6,14 @@
     python -m benchmarks.run --quick                           everything at size 1: do the scripts still work?
     python -m benchmarks.show                                  tables and plots of what stands in benchmarks/results
 
-A red test prints no time. SpikingJelly 0.0.0.0.14 is a peer where $OLD_SPIKINGJELLY is a folder that holds it, made by
-`pip install --no-deps --target FOLDER spikingjelly==0.0.0.0.14`.
+A red test prints no time. Rows of a suite that is not complete stand in <results>.json.partial: a run that is stopped
+leaves them there, until the next, and the results as they were. SpikingJelly 0.0.0.0.14 is a peer where
+$OLD_SPIKINGJELLY is a folder that holds it, made by `pip install --no-deps --target FOLDER spikingjelly==0.0.0.0.14`.
 """
 
 import argparse
 import json
+import os
 import platform
 import re
 import subprocess
@@ -19,6 +21,7 @@ import sys
 import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -54,19 +57,30 @@ def main() -> None:
         _run_tests([CUDA_TESTS, "-k", "not sanitizer"] if options.device == "cuda" else tests)
     machine = machine_facts(options.device)
     path = options.out or RESULTS / f"{machine['name']}.json"
+    partial = path.with_name(f"{path.name}.partial")
     results = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"suites": {}}
     for suite in suites:
-        rows = []
+        rows: list[dict[str, Any]] = []
+        measured = {"machine": machine, "rows": rows}
         makers = suite.cases(options.device, options.quick)
         for make in tqdm(makers, desc=suite.name, disable=not sys.stderr.isatty()):
             rows.append(measure(make(), options.device, 0.0 if options.quick else options.seconds, options.skip))
             print(row_summary(rows[-1]), flush=True)
-            results["suites"][suite.name] = {"machine": machine, "rows": rows}
             if not options.quick:  # after each row, so that a run that is stopped leaves what it has measured
-                path.parent.mkdir(exist_ok=True)
-                path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-        if not options.quick:
+                _write(partial, {"suites": {suite.name: measured}})
+        if rows and not options.quick:
+            results["suites"][suite.name] = measured
+            _write(path, results)
+            partial.unlink()
             print(f"written: {path}")
+
+
+def _write(path: Path, results: dict[str, Any]) -> None:
+    """``results`` as JSON; whenever this is stopped, the file is whole, old or new."""
+    path.parent.mkdir(exist_ok=True)
+    new = path.with_name(f"{path.name}.new")
+    new.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    os.replace(new, path)
 
 
 def _check_skip(skip: list[str], suites: list[Suite], device: str) -> None:

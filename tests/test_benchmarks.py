@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import run
 from benchmarks.measure import contender, measure, peak_bytes
-from benchmarks.registry import CannotRun, Case, Contender
+from benchmarks.registry import CannotRun, Case, Contender, Suite
 from benchmarks.show import KINDS, _table, geometric_mean
 
 ROOT = Path(__file__).parent.parent
@@ -83,6 +84,57 @@ def test_leaving_out_an_unknown_peer_is_an_error_of_one_line():
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 1
     assert done.stderr == "error: --skip nobody: no peer has that in its name; the peers are torch.nn.Linear.\n"
+
+
+def test_a_run_that_is_stopped_leaves_complete_suites_as_they_were(monkeypatch, tmp_path):
+    out = tmp_path / "machine.json"
+    partial = tmp_path / "machine.json.partial"
+    measured = iter(["a1", "a2", "b1", "new a1", KeyboardInterrupt, "newer a1", "newer a2"])
+
+    def next_row(*_):
+        row = next(measured)
+        if row is KeyboardInterrupt:
+            raise KeyboardInterrupt
+        return {"case": row}
+
+    def main(*names):
+        options = [part for name in names for part in ("--suite", name)]
+        monkeypatch.setattr(sys, "argv", ["run", "--out", str(out), *options])
+        run.main()
+
+    def cases(path):
+        suites = json.loads(path.read_text(encoding="utf-8"))["suites"]
+        return {name: [row["case"] for row in suite["rows"]] for name, suite in suites.items()}
+
+    suites = {name: Suite(name, [], lambda *_, n=n: [dict] * n) for name, n in (("a", 2), ("b", 1))}
+    monkeypatch.setattr(run, "SUITES", suites)
+    monkeypatch.setattr(run, "_run_tests", lambda tests: None)
+    monkeypatch.setattr(run, "machine_facts", lambda device: {"name": "machine"})
+    monkeypatch.setattr(run, "measure", next_row)
+    main("a", "b")
+    before = {"a": ["a1", "a2"], "b": ["b1"]}
+    assert cases(out) == before
+    with pytest.raises(KeyboardInterrupt):
+        main("a")
+    assert cases(out) == before
+    assert cases(partial) == {"a": ["new a1"]}
+    assert list(tmp_path.glob("*.json")) == [out]
+    main("a")
+    assert cases(out) == {"a": ["newer a1", "newer a2"], "b": ["b1"]}
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_a_stop_while_results_are_written_leaves_the_old(monkeypatch, tmp_path):
+    path = tmp_path / "machine.json"
+    run._write(path, {"suites": {}})
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run.os, "replace", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run._write(path, {"suites": {"a": {}}})
+    assert json.loads(path.read_text(encoding="utf-8")) == {"suites": {}}
 
 
 def test_ratios_are_the_peers_time_over_ours():
