@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 _plain_keys: dict[int, bool] = {}  # whether so marked a tensor is plain
@@ -16,8 +15,7 @@ def watched(inputs: tuple) -> bool:
     """Whether somebody has to see a call as one operation, or a tensor's memory is not what it says."""
     return (
         torch.compiler.is_compiling()
-        or is_in_torch_dispatch_mode()
-        or torch._C._len_torch_dispatch_stack() > 0  # of this thread; the line before looks at the whole process
+        or torch._C._len_torch_dispatch_stack() > 0  # of this thread; PyTorch's own flag, of the process, can stay set
         or torch._C._len_torch_function_stack() > 0  # a default device, too, which would reach what kernels allocate
         or torch._C._are_functorch_transforms_active()
         or torch._C._get_tracing_state() is not None

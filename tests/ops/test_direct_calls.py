@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import spikeattn
 from spikeattn import lif
-from spikeattn._autograd import direct
+from spikeattn._autograd import direct, watched
 
 
 class Names(TorchDispatchMode):
@@ -78,6 +78,8 @@ def test_a_mode_is_seen_whatever_other_threads_do(monkeypatch):
         thread.join()
         lif(currents(3, 4))
     assert "spikeattn.lif_forward.default" in mode.names
+    monkeypatch.setattr(_python_dispatch, "_is_in_torch_dispatch_mode", True)
+    assert not watched((torch.zeros(2),))  # else every call after such modes would take the way of a watched one
 
 
 @pytest.mark.parametrize("backend", ["torch", "numba"])
