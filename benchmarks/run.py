@@ -6,8 +6,8 @@
     python -m benchmarks.run --quick                           everything at size 1: do the scripts still work?
     python -m benchmarks.show                                  tables and plots of what stands in benchmarks/results
 
-A red test prints no time. Rows of a suite that is not complete stand in <results>.json.partial: a run that is stopped
-leaves them there, until the next, and the results as they were. SpikingJelly 0.0.0.0.14 is a peer where
+A red test prints no time. Rows of a suite that is not complete stand in <results>.json.<suite>.partial: a run that is
+stopped leaves them there, until the next, and the results as they were. SpikingJelly 0.0.0.0.14 is a peer where
 $OLD_SPIKINGJELLY is a folder that holds it, made by `pip install --no-deps --target FOLDER spikingjelly==0.0.0.0.14`.
 """
 
@@ -57,9 +57,9 @@ def main() -> None:
         _run_tests([CUDA_TESTS, "-k", "not sanitizer"] if options.device == "cuda" else tests)
     machine = machine_facts(options.device)
     path = options.out or RESULTS / f"{machine['name']}.json"
-    partial = path.with_name(f"{path.name}.partial")
     results = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"suites": {}}
     for suite in suites:
+        partial = path.with_name(f"{path.name}.{suite.name}.partial")
         rows: list[dict[str, Any]] = []
         measured = {"machine": machine, "rows": rows}
         makers = suite.cases(options.device, options.quick)

@@ -35,6 +35,13 @@ def test_every_suite_runs_at_size_1():
     assert all("SpikingJelly 2.0.0" in line for line in lines if line not in linear + alone)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="it would measure")
+def test_a_replay_without_a_device_is_an_error_of_one_line():
+    done = subprocess.run([sys.executable, "-m", "benchmarks.replay"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("error: benchmarks.replay needs a CUDA device")
+
+
 def test_the_profile_of_a_training_step_runs_at_size_1():
     command = [sys.executable, "-m", "benchmarks.profile", "--quick"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
@@ -90,7 +97,7 @@ def test_leaving_out_an_unknown_peer_is_an_error_of_one_line():
 
 def test_a_run_that_is_stopped_leaves_complete_suites_as_they_were(monkeypatch, tmp_path):
     out = tmp_path / "machine.json"
-    partial = tmp_path / "machine.json.partial"
+    partial = tmp_path / "machine.json.a.partial"
     measured = iter(["a1", "a2", "b1", "new a1", KeyboardInterrupt, "newer a1", "newer a2"])
 
     def next_row(*_):

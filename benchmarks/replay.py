@@ -1,0 +1,97 @@
+"""Attention's kernels without the host: CUDA graphs of a call, replayed; ours, and two matrix products with our LIF.
+
+    python -m benchmarks.replay      prints a table of microseconds: forward, and forward + backward
+
+The tables of `python -m benchmarks.run` hold what a call takes that Python makes. Inside a training step, which is
+replayed as a graph, this is what counts.
+"""
+
+import statistics
+import sys
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from benchmarks.suites.attention import RATE, SCALE, SIZES, TAU, V_THRESHOLD
+from spikeattn import ATan, lif, spiking_attention
+
+_L2_BYTES = 256 * 2**20
+_MAP_TOKENS = 4096  # causal peers make the whole map
+
+
+def main() -> None:
+    """The table, a row for each size of the suite."""
+    if not torch.cuda.is_available():
+        sys.exit("error: benchmarks.replay needs a CUDA device; on a CPU, python -m benchmarks.run --suite attention.")
+    print("| T, B, H, L, E | dtype | ours | two products + our LIF |\n| --- | --- | --- | --- |")
+    for dtype in (torch.float32, torch.bfloat16):
+        for is_causal in (False, True):
+            for size in SIZES["cuda"]:
+                print(_row(size, dtype, is_causal), flush=True)
+
+
+def _row(size: tuple[int, int, int, int, int], dtype: torch.dtype, is_causal: bool) -> str:
+    T, B, H, L, E = size
+    q, k, v = ((torch.rand(T, B, L, H, E, device="cuda") < RATE).to(dtype).transpose(2, 3) for _ in range(3))
+    ours = [x.requires_grad_() for x in (q, k, v)]  # as a model has them; products have theirs as they like them
+    theirs = [x.detach().contiguous().requires_grad_() for x in ours]
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return spiking_attention(q, k, v, scale=SCALE, is_causal=is_causal, tau=TAU, v_threshold=V_THRESHOLD)
+
+    def products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if not is_causal and L > E:
+            current = q @ (k.transpose(-1, -2) @ v)
+        else:
+            counts = q @ k.transpose(-1, -2)
+            current = (counts.tril() if is_causal else counts) @ v
+        return lif(current * SCALE, tau=TAU, v_threshold=V_THRESHOLD, surrogate=ATan(), detach_reset=True).spikes
+
+    cells = [_times(attend, ours)]
+    cells.append("-" if is_causal and L > _MAP_TOKENS else _times(products, theirs))
+    name = ", ".join(map(str, size)) + (", causal" if is_causal else "")
+    return f"| {name} | {str(dtype).removeprefix('torch.')} | {' | '.join(cells)} |"
+
+
+def _times(model: Callable[..., Tensor], leaves: list[Tensor]) -> str:
+    """Microseconds of the forward, and of both directions."""
+
+    def forward() -> Tensor:
+        with torch.no_grad():
+            return model(*leaves)
+
+    weight = torch.randn_like(forward())
+
+    def both() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(model(*leaves), leaves, weight)
+
+    return ", ".join(f"{1e6 * _replayed(run):.0f}" for run in (forward, both))
+
+
+def _replayed(run: Callable[[], object]) -> float:
+    """Seconds of a replay of ``run``, the median of nine, with nothing of the last one in the cache."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph, times = torch.cuda.CUDAGraph(), []
+    with torch.cuda.graph(graph):
+        kept = run()  # the graph writes to it
+    flush = torch.empty(_L2_BYTES, dtype=torch.int8, device="cuda")
+    for _ in range(9):
+        flush.zero_()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end) / 1e3)
+    del kept
+    return statistics.median(times)
+
+
+if __name__ == "__main__":
+    main()
