@@ -9,15 +9,13 @@ replayed as a graph, this is what counts.
 import statistics
 import sys
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from benchmarks.suites.attention import RATE, SCALE, SIZES, TAU, V_THRESHOLD
-from spikeattn import ATan, lif, spiking_attention
-
-_L2_BYTES = 256 * 2**20
-_MAP_TOKENS = 4096  # causal peers make the whole map
+from benchmarks.measure import clock_of
+from benchmarks.suites.attention import RATE, SIZES, attend, map_is_too_large, two_products
 
 
 def main() -> None:
@@ -37,19 +35,9 @@ def _row(size: tuple[int, int, int, int, int], dtype: torch.dtype, is_causal: bo
     ours = [x.requires_grad_() for x in (q, k, v)]  # as a model has them; products have theirs as they like them
     theirs = [x.detach().contiguous().requires_grad_() for x in ours]
 
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return spiking_attention(q, k, v, scale=SCALE, is_causal=is_causal, tau=TAU, v_threshold=V_THRESHOLD)
-
-    def products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if not is_causal and L > E:
-            current = q @ (k.transpose(-1, -2) @ v)
-        else:
-            counts = q @ k.transpose(-1, -2)
-            current = (counts.tril() if is_causal else counts) @ v
-        return lif(current * SCALE, tau=TAU, v_threshold=V_THRESHOLD, surrogate=ATan(), detach_reset=True).spikes
-
-    cells = [_times(attend, ours)]
-    cells.append("-" if is_causal and L > _MAP_TOKENS else _times(products, theirs))
+    cells = [_times(partial(attend, causal=is_causal), ours)]
+    no_map = is_causal and map_is_too_large(T, B, H, L)
+    cells.append("-" if no_map else _times(partial(two_products, causal=is_causal), theirs))
     name = ", ".join(map(str, size)) + (", causal" if is_causal else "")
     return f"| {name} | {str(dtype).removeprefix('torch.')} | {' | '.join(cells)} |"
 
@@ -77,20 +65,12 @@ def _replayed(run: Callable[[], object]) -> float:
         for _ in range(3):
             run()
     torch.cuda.current_stream().wait_stream(stream)
-    graph, times = torch.cuda.CUDAGraph(), []
+    graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         kept = run()  # the graph writes to it
-    flush = torch.empty(_L2_BYTES, dtype=torch.int8, device="cuda")
-    for _ in range(9):
-        flush.zero_()
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end) / 1e3)
+    seconds = statistics.median(clock_of("cuda")(graph.replay) for _ in range(9))
     del kept
-    return statistics.median(times)
+    return seconds
 
 
 if __name__ == "__main__":

@@ -31,6 +31,30 @@ def cases(device: str, quick: bool) -> CaseMakers:
     return compared + [partial(_case, *size, *kind, False) for kind in kinds[:2] for size in growing]
 
 
+def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+    """Ours."""
+    return spiking_attention(q, k, v, scale=SCALE, is_causal=causal, tau=TAU, v_threshold=V_THRESHOLD)
+
+
+def product(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+    """Currents by two matrix products, in the cheaper order; if causal by the whole map."""
+    if not causal and q.shape[3] > q.shape[4]:
+        return q @ (k.transpose(-1, -2) @ v) * SCALE
+    counts = q @ k.transpose(-1, -2)
+    return (counts.tril() if causal else counts) @ v * SCALE
+
+
+def two_products(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+    """The same and our LIF."""
+    current = product(q, k, v, causal)
+    return lif(current, tau=TAU, v_threshold=V_THRESHOLD, surrogate=ATan(), detach_reset=True).spikes
+
+
+def map_is_too_large(T: int, B: int, H: int, L: int) -> bool:
+    """Whether causal peers, which make the map, are left out."""
+    return 4 * T * B * H * L * L > _MAP_BYTES
+
+
 def _case(
     T: int, B: int, H: int, L: int, E: int, causal: bool, dtype: torch.dtype, device: str, compared: bool = True
 ) -> Case:
@@ -40,21 +64,14 @@ def _case(
     )
 
     def ours(x: Tensor) -> Tensor:
-        return spiking_attention(*x, scale=SCALE, is_causal=causal, tau=TAU, v_threshold=V_THRESHOLD)
-
-    def product(x: Tensor) -> Tensor:
-        q, k, v = x
-        if not causal and L > E:
-            return q @ (k.transpose(-1, -2) @ v) * SCALE
-        counts = q @ k.transpose(-1, -2)
-        return (counts.tril() if causal else counts) @ v * SCALE
+        return attend(*x, causal)
 
     def with_our_lif(x: Tensor) -> Tensor:
-        return lif(product(x), tau=TAU, v_threshold=V_THRESHOLD, surrogate=ATan(), detach_reset=True).spikes
+        return two_products(*x, causal)
 
     def with_spikingjelly(x: Tensor) -> Tensor:
         node.reset()
-        return node(product(x))
+        return node(product(*x, causal))
 
     peers = {
         "two products + our LIF": lambda: with_our_lif,
@@ -63,7 +80,7 @@ def _case(
     absent = {}
     if not compared:
         absent, peers = dict.fromkeys(peers, "not beside what shows how our cost grows"), {}
-    elif causal and 4 * T * B * H * L * L > _MAP_BYTES:
+    elif causal and map_is_too_large(T, B, H, L):
         absent = dict.fromkeys(peers, f"its map [T, B, H, L, L] takes more than {_MAP_BYTES >> 20} MiB")
         peers = {}
     storage = str(dtype).removeprefix("torch.")
