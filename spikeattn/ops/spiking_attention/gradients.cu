@@ -243,6 +243,21 @@ __device__ inline void load_left(const T* rows, int i0, long long end, int w, un
     }
 }
 
+// Columns 16 half and those after it of a tile as the left side of a product, in kOut parts.
+template <int kOut>
+__device__ inline void as_left(const float (*x)[4], int half, unsigned (*left)[4])
+{
+#pragma unroll
+    for (int n = 0; n < 4; ++n) {
+        const float *pair = x[2 * half + n / 2] + n % 2 * 2;
+        unsigned parts[kParts];
+        if (kOut == 1) parts[0] = rounded(pair[0], pair[1]);
+        else split(pair[0], pair[1], parts);
+#pragma unroll
+        for (int part = 0; part < kOut; ++part) left[part][n] = parts[part];
+    }
+}
+
 // c += left C of 16 tokens from j0 on, C spikes by columns.
 template <int kLeft>
 __device__ inline void add_spikes(const unsigned (*left)[4], const unsigned* columns, int j0, float (*c)[4])
@@ -253,6 +268,20 @@ __device__ inline void add_spikes(const unsigned (*left)[4], const unsigned* col
         const unsigned b[2] = {spread_two(word, j0 % 32 + 2 * quad()), spread_two(word, j0 % 32 + 2 * quad() + 8)};
 #pragma unroll
         for (int n = 0; n < kLeft; ++n) multiply_add(c[p], left[n], b);
+    }
+}
+
+// c += left C of 16 tokens from i0 on, C gradients [tokens, 32 kWords] before `end`.
+__device__ inline void add_gradients(
+    const unsigned (*left)[4], const gradient* rows, long long i0, long long end, float (*c)[4])
+{
+#pragma unroll
+    for (int w = 0; w < kWords; ++w) {
+        unsigned right[4][kParts][2];
+        load_tokens(rows + 32 * w + 4 * group(), i0, end, right);
+#pragma unroll
+        for (int n = 0; n < 4 * kParts; ++n)
+            multiply_add(c[4 * w + n / kParts], left[0], right[n / kParts][n % kParts]);
     }
 }
 
@@ -318,15 +347,7 @@ __device__ inline void map_of(
         const int i = i0 + group() + n % 4 / 2 * 8, j = j0 + 8 * (n / 4) + 2 * quad() + n % 2;
         if (later ? j < i : j > i) map[n / 4][n % 4] = 0.0f;
     }
-#pragma unroll
-    for (int n = 0; n < 4; ++n) {
-        const float x0 = map[n / 2][n % 2 * 2], x1 = map[n / 2][n % 2 * 2 + 1];
-        unsigned parts[kParts];
-        if (kOut == 1) parts[0] = rounded(x0, x1);
-        else split(x0, x1, parts);
-#pragma unroll
-        for (int part = 0; part < kOut; ++part) left[part][n] = parts[part];
-    }
+    as_left<kOut>(map, 0, left);
 }
 
 // Of 16 queries from i0 on: c = G S^T; channel 32 w + 8 quad + 4 n + p is column n of the lane's in c[4 w + p].
@@ -373,14 +394,7 @@ __device__ inline void gradient_of_v(const Back& x, int j0, float (*c)[4])
     for (int i0 = j0; kCausal && i0 < chunk_end(x, j0); i0 += 16) {
         unsigned left[1][4];
         map_of<1, 1, 1>(x.rows_k, x.rows_q, j0, i0, x.L, true, left);
-#pragma unroll
-        for (int w = 0; w < kWords; ++w) {
-            unsigned b[4][kParts][2];
-            load_tokens(x.grad + 32 * w + 4 * group(), i0, x.L, b);
-#pragma unroll
-            for (int n = 0; n < 4 * kParts; ++n)
-                multiply_add(c[4 * w + n / kParts], left[0], b[n / kParts][n % kParts]);
-        }
+        add_gradients(left, x.grad, i0, x.L, c);
     }
 }
 

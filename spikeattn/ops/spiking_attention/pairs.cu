@@ -113,21 +113,6 @@ struct Pairs {
     }
 };
 
-// Columns 16 half and those after it of a tile as the left side of a product, in kOut parts.
-template <int kOut>
-__device__ inline void as_left(const float (*x)[4], int half, unsigned (*left)[4])
-{
-#pragma unroll
-    for (int n = 0; n < 4; ++n) {
-        const float *pair = x[2 * half + n / 2] + n % 2 * 2;
-        unsigned parts[kParts];
-        if (kOut == 1) parts[0] = rounded(pair[0], pair[1]);
-        else split(pair[0], pair[1], parts);
-#pragma unroll
-        for (int part = 0; part < kOut; ++part) left[part][n] = parts[part];
-    }
-}
-
 // Adds to what `to` holds, or writes if this is the first: of the lane's rows those before `rows`.
 __device__ inline void add_rows(const float (*c)[4], int i0, long long rows, bool first, float* to)
 {
@@ -336,15 +321,7 @@ SPK_ENTRY(spk_attention_map_back)(
 #pragma unroll
                     for (int half = 0; half < 2; ++half) {
                         as_left<1>(d, half, left);
-#pragma unroll
-                        for (int w = 0; w < kWords; ++w) {
-                            unsigned right[4][kParts][2];
-                            load_tokens(
-                                pairs.grads(t) + 32 * w + 4 * group(), pairs.j0 + 16 * half, L, right);
-#pragma unroll
-                            for (int n = 0; n < 4 * kParts; ++n)
-                                multiply_add(c[4 * w + n / kParts], left[0], right[n / kParts][n % kParts]);
-                        }
+                        add_gradients(left, pairs.grads(t), pairs.j0 + 16 * half, L, c);
                     }
                     add_rows(c, pairs.i0, S, pairs.j0 == start, to_v + step * S * 32 * kWords);
                 }
