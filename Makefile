@@ -14,11 +14,12 @@ READY := $(VENV)/.ready
 train: $(READY)
 	$(BIN)/python examples/train_meld.py $(ARGS)
 
+# A process a core, of one thread each: workers that each take all cores wait for each other.
 test: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses=8 --dist worksteal
 
 # A torchvision that was built for another torch fails at import, and torchmetrics and lightning with it. Nothing
 # here needs it, so one that cannot be imported is removed; the same for torchaudio.
