@@ -94,6 +94,16 @@ class Kernel:
         return Kernel(FunctionType(own.__code__, names, own.__name__, None, own.__closure__), self.frame, keep=False)
 
 
+def as_pointer(builder: Any, address: Any, kind: Any) -> Any:
+    """An int64 as a pointer, wherever it is inlined.
+
+    Numba compiles a function to machine code before another inlines it, and on that way LLVM writes an address as an
+    offset from null. Unless null may be valid, it then takes a read or write there for impossible, and drops it.
+    """
+    set.add(builder.function.attributes, "null_pointer_is_valid")  # llvmlite does not know it, LLVM does
+    return builder.inttoptr(address, kind)
+
+
 @intrinsic
 def _fetch_add(context, pointer, index, number):
     """Add ``number`` to the int64 at ``pointer[index]`` and return what was there: atomic."""
@@ -110,7 +120,7 @@ def _pointer(context, address):
     """An int64 as a pointer."""
 
     def codegen(context, builder, signature, args):
-        return builder.inttoptr(args[0], context.get_value_type(types.voidptr))
+        return as_pointer(builder, args[0], context.get_value_type(types.voidptr))
 
     return types.voidptr(types.int64), codegen
 
@@ -135,7 +145,7 @@ def _malloc(context, nbytes):
 def _free(context, address):
     def codegen(context, builder, signature, args):
         kind = ir.FunctionType(ir.VoidType(), [_BYTES])
-        block = builder.inttoptr(args[0], _BYTES)
+        block = as_pointer(builder, args[0], _BYTES)
         builder.call(cgutils.get_or_insert_function(builder.module, kind, "free"), [block])
         return context.get_dummy_value()
 

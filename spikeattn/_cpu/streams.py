@@ -11,7 +11,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 from torch import Tensor
 
-from spikeattn._cpu.compiler import inline
+from spikeattn._cpu.compiler import as_pointer, inline
 
 CHUNK = 512  # elements of a turn, where arithmetic is short
 _LINE = 64  # bytes
@@ -48,7 +48,7 @@ def prefetch(source, first, size):
 @intrinsic
 def _stream(context, target, source, nbytes):
     def codegen(context, builder, signature, args):
-        target, source = (builder.inttoptr(address, _VECTOR.as_pointer()) for address in args[:2])
+        target, source = (as_pointer(builder, address, _VECTOR.as_pointer()) for address in args[:2])
         size = _VECTOR.count * 4
         passing_by = builder.module.add_metadata([_INT32(1)])
         with cgutils.for_range(builder, builder.udiv(args[2], _INT64(size))) as loop:
@@ -65,7 +65,7 @@ def _prefetch(context, source, nbytes):
     def codegen(context, builder, signature, args):
         kind = ir.FunctionType(ir.VoidType(), [_BYTES, _INT32, _INT32, _INT32])
         ask = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-        first = builder.inttoptr(args[0], _BYTES)
+        first = as_pointer(builder, args[0], _BYTES)
         lines = builder.udiv(builder.add(args[1], _INT64(_LINE - 1)), _INT64(_LINE))
         with cgutils.for_range(builder, lines) as loop:
             line = builder.gep(first, [builder.mul(loop.index, _INT64(_LINE))])

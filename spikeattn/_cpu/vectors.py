@@ -14,7 +14,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from spikeattn._cpu.compiler import inline
+from spikeattn._cpu.compiler import as_pointer, inline
 
 TILE = 64  # outputs
 ROWS = 6  # that are multiplied together, so that a weight is loaded once for all of them
@@ -45,7 +45,7 @@ def _index(number: int) -> ir.Constant:
 
 def floats(builder: Any, address: Any) -> Any:
     """An address as a pointer to floats."""
-    return builder.inttoptr(address, _FLOAT.as_pointer())
+    return as_pointer(builder, address, _FLOAT.as_pointer())
 
 
 def _vectors(builder: Any, first: Any, count: int) -> list[Any]:
@@ -100,7 +100,7 @@ def add_events(context, tile, events, count, start, out):
 
     def codegen(context, builder, signature, args):
         tile, events, count, start, out = args
-        tile, numbers = floats(builder, tile), builder.inttoptr(events, _INT32.as_pointer())
+        tile, numbers = floats(builder, tile), as_pointer(builder, events, _INT32.as_pointer())
 
         def step(i, sums):
             k = builder.zext(builder.load(builder.gep(numbers, [i])), _INT64)
@@ -119,7 +119,7 @@ def add_weighted_events(context, tile, events, values, count, start, out):
 
     def codegen(context, builder, signature, args):
         tile, events, values, count, start, out = args
-        tile, numbers = floats(builder, tile), builder.inttoptr(events, _INT32.as_pointer())
+        tile, numbers = floats(builder, tile), as_pointer(builder, events, _INT32.as_pointer())
         values = floats(builder, values)
 
         def step(i, sums):

@@ -6,6 +6,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from pathlib import Path
 
 import numba
 import numpy as np
@@ -230,6 +231,13 @@ def test_a_changed_helper_is_part_of_the_key_of_every_kernel():
     for kernel in (cpu.forward_kernel(*kind), cpu.backward_kernel(*kind, False, True)):
         plans = [cell.cell_contents for cell in kernel.function.__closure__ if isinstance(cell.cell_contents, tuple)]
         assert [plan[-1] for plan in plans] == [compiler.SOURCES]
+
+
+def test_addresses_become_pointers_in_one_place_that_keeps_what_is_read_and_written_there():
+    """Elsewhere LLVM would be free to drop it, and did: a loop of the gradients of attention was gone."""
+    sources = [path.read_text() for path in Path(compiler.__file__).parent.glob("*.py")]
+    found = [line.strip() for source in sources for line in source.splitlines() if ".inttoptr(" in line]
+    assert found == ["return builder.inttoptr(address, kind)"]
 
 
 def test_without_a_folder_to_write_to_kernels_still_run(monkeypatch, caplog):
