@@ -141,6 +141,6 @@ def transpose(words, columns):
 
 @inline
 def count_row(query, keys, counts):
-    """Counts of channels that fire in a query and in each key."""
+    """Add to ``counts`` the channels that fire in a query and in each key."""
     for j in range(counts.size):
-        counts[j] = F(np.int64(count_bits(query & keys[j])))
+        counts[j] += F(np.int64(count_bits(query & keys[j])))

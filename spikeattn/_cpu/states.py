@@ -1,7 +1,8 @@
 """Sums over the bits of a word, in vector registers: what attention between spikes does with a state such as K^T V.
 
 A state is a row of `vectors.TILE` numbers for each channel. States, rows and numbers are given by address. Of a row the
-first ``width`` numbers count; what lies beyond them, up to `TILE`, may be read and written.
+first ``width`` numbers count; what lies beyond them, up to `TILE`, may be read and written. Token i of more than
+`bits.WORD` channels is several words, ``words[:, i]``.
 """
 
 from collections.abc import Callable
@@ -13,10 +14,12 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from spikeattn._cpu import vectors
+from spikeattn._cpu.bits import WORD, F
 from spikeattn._cpu.compiler import inline
 from spikeattn._cpu.vectors import TILE
 
 _WORD, _BIT = ir.IntType(64), ir.IntType(1)
+_BYTES = 4 * TILE * WORD  # of the rows that the bits of a word name
 _Step = Callable[[Any, list[Any]], list[Any]]
 
 
@@ -159,3 +162,26 @@ def add_products(state, values, count, width, bits):
         _add_products_half(state, values, count, bits)
     else:
         _add_products_all(state, values, count, bits)
+
+
+@inline
+def sum_rows_of_token(state, words, W, i, width, start, scale, out):
+    """`sum_rows` over the bits of all ``W`` words of a token."""
+    last = W - 1
+    for w in range(last):
+        sum_rows(state + w * _BYTES, words[w, i], width, start if w == 0 else out, F(1.0), out)
+    sum_rows(state + last * _BYTES, words[last, i], width, start if last == 0 else out, scale, out)
+
+
+@inline
+def add_bits_to_token(state, words, W, i, width, bits):
+    """`add_bits` for the bits of all ``W`` words of a token."""
+    for w in range(W):
+        add_bits(state + w * _BYTES, words[w, i], width, bits)
+
+
+@inline
+def add_row_to_token(state, words, W, i, width, row):
+    """`add_row` for the bits of all ``W`` words of a token."""
+    for w in range(W):
+        add_row(state + w * _BYTES, words[w, i], width, row)

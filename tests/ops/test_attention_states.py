@@ -44,7 +44,7 @@ def by_definition(qkv, weight, **options):
 
 # More tokens than are taken through time together, than gradients are added up one after another, and than fit a word.
 @pytest.mark.parametrize(("L", "S"), [(600, 600), (17, 300), (300, 17), (1, 1)])
-@pytest.mark.parametrize("E", [1, 20, 32, 33, 64])
+@pytest.mark.parametrize("E", [1, 20, 32, 33, 64, 65, 128])
 @pytest.mark.parametrize("fire", ["output", None])
 def test_long_sequences_have_the_sums_and_gradients_of_the_definition(L, S, E, fire):
     assert cpu_backward._PART < 600
@@ -60,12 +60,12 @@ def test_long_sequences_have_the_sums_and_gradients_of_the_definition(L, S, E, f
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_long_padding_changes_no_bit(is_causal, dtype):
+@pytest.mark.parametrize(("dtype", "E"), [(torch.float32, 32), (torch.bfloat16, 32), (torch.float32, 96)])
+def test_long_padding_changes_no_bit(is_causal, dtype, E):
     lengths, L = (300, 520), 530
-    qkv = [spikes(2, 2, 2, L, 32, dtype=dtype) for _ in range(3)]
+    qkv = [spikes(2, 2, 2, L, E, dtype=dtype) for _ in range(3)]
     mask = torch.arange(L) >= torch.tensor(lengths).unsqueeze(1)
-    weight = torch.randn(2, 2, 2, L, 32)
+    weight = torch.randn(2, 2, 2, L, E)
     weight[:, 0, :, 300:] = float("nan")  # what arrives at padding does not leave it
     out, grads = attend(qkv, weight.to(dtype), is_causal=is_causal, query_padding_mask=mask, key_padding_mask=mask)
     for b, n in enumerate(lengths):

@@ -313,7 +313,7 @@ def test_what_is_not_a_spike_is_attended_to_all_the_same(fire, which):
 
 
 @pytest.mark.parametrize("L", [1, 63, 64, 65, 128, 129])
-@pytest.mark.parametrize("E", [1, 33, 64, 65])
+@pytest.mark.parametrize("E", [1, 33, 64, 65, 128, 129])
 @pytest.mark.parametrize("fire", FIRES)
 def test_words_of_bits_end_where_tokens_and_channels_do(L, E, fire):
     q, k, v = (spikes(2, 1, 2, L, E, rate=0.5) for _ in range(3))

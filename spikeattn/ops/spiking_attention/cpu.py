@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from spikeattn._cpu.bits import WORD
 from spikeattn._cpu.memory import empty
 from spikeattn._cpu.neuron import neuron_scalars
 from spikeattn._cpu.threads import spread
@@ -17,7 +18,7 @@ from spikeattn.ops.spiking_attention.cpu_map import LONGEST, LONGEST_CAUSAL, map
 from spikeattn.ops.spiking_attention.cpu_state import state_kernel
 from spikeattn.ops.spiking_attention.layout import in_one_piece
 
-# For each thread: T * E, 8 MiB of states, and twice that in the backward; T * L and T * S, 96 MiB of words.
+# For each thread: 8 MiB of states, and twice that in the backward; 96 MiB of words for each 64 channels of a head.
 MOST_STATE_ROWS, MOST_TOKENS = 1 << 15, 1 << 22
 
 
@@ -47,8 +48,8 @@ def spiking_attention_forward_cpu(
     out = empty((T, B, L, H, E), dtype)
     neuron = (not has_exact_reciprocal(tau), v_reset is not None)
     spread(
-        map_kernel(dtype, *neuron) if fire == "map" else state_kernel(dtype, fire == "output", *neuron),
-        B * H, out.numel(),
+        map_kernel(dtype, *neuron) if fire == "map" else state_kernel(dtype, E > WORD, fire == "output", *neuron),
+        B * H if fire == "map" else B * H * -(-E // WORD), out.numel(),
         **input_arguments(spikes, scale, masks, is_causal), out=out.data_ptr(),
         **neuron_scalars(tau, None, v_threshold, v_reset),
     )  # fmt: skip

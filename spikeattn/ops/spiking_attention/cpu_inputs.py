@@ -12,18 +12,19 @@ from spikeattn._cpu.compiler import inline, memory
 from spikeattn._cpu.neuron import F
 from spikeattn._cpu.packed import Packed, packed
 from spikeattn._cpu.storage import ELEMENT, mask_arguments
-from spikeattn._cpu.vectors import TILE, WHY_NOT
+from spikeattn._cpu.vectors import WHY_NOT
 from spikeattn.ops.spiking_attention.layout import rows_in_one_piece, strides
 
 INPUTS = (
     "q qT qB qH qL q_words k kT kB kH kL k_words v vT vB vH vL v_words scale scaleT scaleB scaleH scaleL"
     " query_mask has_query_mask key_mask has_key_mask T B H L S E is_causal"
 )
+MOST_CHANNELS = 128
 
 
 def are_taken(shape: Sequence[int], dtype: torch.dtype, scale: Tensor) -> bool:
-    """Whether a token is a word of bits, in a storage that the kernels know, and one scale is for all time steps."""
-    return shape[-1] <= min(WORD, TILE) and dtype in ELEMENT and scale.shape[0] == 1 and not WHY_NOT
+    """Whether heads are narrow enough, in a storage that the kernels know, and one scale is for all time steps."""
+    return shape[-1] <= MOST_CHANNELS and dtype in ELEMENT and scale.shape[0] == 1 and not WHY_NOT
 
 
 @inline
@@ -43,11 +44,14 @@ def open_inputs(p):
 
 
 @inline
-def load_tokens(p, t, b, h, q, k, v, query_mask, key_mask, queries, keys, values):
-    """The words of the tokens of one head and time step."""
-    take_rows(q, t * p.qT + b * p.qB + h * p.qH, p.qL, p.E, query_mask, b * p.L, queries)
-    take_rows(k, t * p.kT + b * p.kB + h * p.kH, p.kL, p.E, key_mask, b * p.S, keys)
-    take_rows(v, t * p.vT + b * p.vB + h * p.vH, p.vL, p.E, key_mask, b * p.S, values)
+def load_tokens(p, t, b, h, q, k, v, query_mask, key_mask, W, queries, keys, values):
+    """The words of the tokens of one head and time step: row w of each holds `WORD` channels of every token."""
+    for w in range(W):
+        first = w * WORD
+        size = min(WORD, p.E - first)
+        take_rows(q, t * p.qT + b * p.qB + h * p.qH + first, p.qL, size, query_mask, b * p.L, queries[w])
+        take_rows(k, t * p.kT + b * p.kB + h * p.kH + first, p.kL, size, key_mask, b * p.S, keys[w])
+        take_rows(v, t * p.vT + b * p.vB + h * p.vH + first, p.vL, size, key_mask, b * p.S, values[w])
 
 
 class Spikes(NamedTuple):

@@ -31,8 +31,9 @@ def map_kernel(storage: torch.dtype, divides: bool, hard_reset: bool) -> Kernel:
         tau, v_threshold, v_rest = F(p.tau), F(p.v_threshold), F(p.v_rest)
         q, k, v, scale, query_mask, key_mask = open_inputs(p)
         out = memory(p.out, T * B * L * H * E, element)
-        words = allocate_words(3, max(L, S))
-        queries, keys, values = words[0, :L], words[1, :S], words[2, :S]
+        W = (E + WORD - 1) // WORD  # words of a token
+        words = allocate_words(3 * W, max(L, S))
+        queries, keys, values = words[:W, :L], words[W : 2 * W, :S], words[2 * W :, :S]
         columns = allocate_words((S + WORD - 1) // WORD, E)  # of values
         rows, potentials = allocate(3, max(S, E)), allocate(L, S)
         current, spikes, buffer = rows[0, :S], rows[1, :S], rows[2, :E]
@@ -43,11 +44,14 @@ def map_kernel(storage: torch.dtype, divides: bool, hard_reset: bool) -> Kernel:
                 scale_at = b * p.scaleB + h * p.scaleH
                 potentials[:] = v_rest
                 for t in range(T):
-                    load_tokens(p, t, b, h, q, k, v, query_mask, key_mask, queries, keys, values)
-                    transpose(values, columns)
+                    load_tokens(p, t, b, h, q, k, v, query_mask, key_mask, W, queries, keys, values)
+                    for w in range(W):
+                        transpose(values[w], columns[:, w * WORD : min(E, (w + 1) * WORD)])
                     for i in range(L):
                         own_scale = scale[scale_at + i * p.scaleL]
-                        count_row(queries[i], keys, current)
+                        current[:] = F(0.0)
+                        for w in range(W):
+                            count_row(queries[w, i], keys[w], current)
                         for j in range(S):
                             current[j] = current[j] * own_scale if j <= i or not is_causal else F(0.0)
                         step_row(
