@@ -29,7 +29,7 @@ from spikeattn.ops.event_linear.op import event_linear_backward, event_linear_fo
 from spikeattn.ops.lif.op import lif_backward, lif_forward
 from spikeattn.ops.lif.reference import state_dtype
 from spikeattn.ops.norm_lif.op import norm_lif_backward, norm_lif_forward
-from spikeattn.ops.spiking_attention.op import spiking_attention_backward, spiking_attention_forward
+from spikeattn.ops.spiking_attention.registered import spiking_attention_backward, spiking_attention_forward
 
 Rules = dict[Any, Callable[[tuple, dict, Any], int]]
 Target = TypeVar("Target")

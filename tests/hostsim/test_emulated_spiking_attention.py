@@ -13,9 +13,9 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from spikeattn import ATan
-from spikeattn.ops.spiking_attention import cuda, cuda_plans, op
-from spikeattn.ops.spiking_attention.op import _attention as attend
-from spikeattn.ops.spiking_attention.op import spiking_attention_backward, spiking_attention_forward
+from spikeattn.ops.spiking_attention import cuda, cuda_plans, registered
+from spikeattn.ops.spiking_attention.autograd import attention as attend
+from spikeattn.ops.spiking_attention.registered import spiking_attention_backward, spiking_attention_forward
 
 pytestmark = pytest.mark.kernel
 
@@ -258,7 +258,7 @@ def test_gradients_of_few_steps_at_a_time_are_the_same(emulated, causal, monkeyp
 def test_devices_without_tensor_cores_take_products(emulated, monkeypatch):
     launched = Counter()
     monkeypatch.setattr(cuda, "launch", lambda plan, *args: launched.update([plan.kernel]))
-    monkeypatch.setattr(op, "_has_tensor_cores", lambda device: False)
+    monkeypatch.setattr(registered, "_has_tensor_cores", lambda device: False)
     q, k, v, *rest = attention_inputs(4, 2, 2, 6, 6, 16, rate=0.4, dtype=torch.float32, fire=None, masked=True)
     settings = (None, "auto", False, 2.0, 1.0, 0.0, True, "atan", 2.0)
     leaves = [x.requires_grad_() for x in (q, k, v)]
@@ -270,9 +270,9 @@ def test_devices_without_tensor_cores_take_products(emulated, monkeypatch):
     for capability, has in (((7, 5), False), ((8, 0), True), ((9, 0), True), ((10, 0), True)):
         monkeypatch.undo()
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, capability=capability: capability)
-        op._has_tensor_cores.cache_clear()
-        assert op._has_tensor_cores(torch.device("cuda:0")) == has
-    op._has_tensor_cores.cache_clear()
+        registered._has_tensor_cores.cache_clear()
+        assert registered._has_tensor_cores(torch.device("cuda:0")) == has
+    registered._has_tensor_cores.cache_clear()
 
 
 def test_what_the_kernels_leave_to_products():

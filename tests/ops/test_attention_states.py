@@ -5,7 +5,7 @@ import torch
 from torch.testing._internal.two_tensor import TwoTensor
 
 from spikeattn import ATan, lif, spiking_attention
-from spikeattn.ops.spiking_attention import cpu_backward, op
+from spikeattn.ops.spiking_attention import cpu_backward, registered
 from spikeattn.ops.spiking_attention.layout import room_for_gradient
 
 
@@ -16,8 +16,8 @@ def _no_products(monkeypatch):
     def refuse(*args):
         raise AssertionError("this call did not run in a kernel")
 
-    monkeypatch.setattr(op, "attend", refuse)
-    monkeypatch.setattr(op, "attend_backward", refuse)
+    monkeypatch.setattr(registered, "attend", refuse)
+    monkeypatch.setattr(registered, "attend_backward", refuse)
 
 
 def spikes(*shape, rate=0.2, dtype=torch.float32):
