@@ -11,6 +11,7 @@ from spikeattn.ops.lif.cuda import lif_backward_cuda, lif_forward_cuda
 from spikeattn.ops.lif.reference import lif_backward_reference, lif_reference
 from spikeattn.ops.norm_lif.cuda import norm_lif_backward_cuda, norm_lif_forward_cuda
 from spikeattn.ops.norm_lif.reference import norm_lif_backward_reference, norm_lif_reference
+from spikeattn.ops.spiking_attention.call import Inputs, Settings
 from spikeattn.ops.spiking_attention.cuda import (
     attention_backward_cuda,
     attention_bits_cuda,
@@ -135,28 +136,28 @@ def check_norm_lif(
         assert_equal(result[3:], definition[3:])
 
 
-class Attention(NamedTuple):
-    """Spikes with strides as the module has them, masks, and scales at which some neurons fire."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    scale: Tensor
-    query_padding_mask: Tensor | None
-    key_padding_mask: Tensor | None
-
-
 def attention_inputs(
     T: int, B: int, H: int, L: int, S: int, E: int, *, rate: float, dtype: torch.dtype, fire: str | None, masked: bool
-) -> Attention:
-    """Inputs of `check_attention`; the last dialogue's keys are padding alone."""
+) -> Inputs:
+    """Of `check_attention`: spikes with strides as the module has them, and scales at which some neurons fire.
+
+    The last dialogue's keys are padding alone.
+    """
     q, k, v = ((torch.rand(T, B, n, H, E) < rate).to(dtype).transpose(2, 3) for n in (L, S, S))
     masks = (
         (torch.rand(B, L) < 0.3, torch.arange(S) >= torch.tensor([[S]] * (B - 1) + [[0]])) if masked else (None, None)
     )
     mean = E * rate**2 * (1 if fire == "map" else S * rate)  # of a sum of spikes
     scale = 2.0 ** (torch.randint(0, 4, (B, 1, L, 1)) + round(-math.log2(mean + 0.1)))
-    return Attention(q, k, v, scale[None], *masks)
+    return Inputs(q, k, v, scale[None], *masks)
+
+
+def attention_settings(
+    fire: str | None, order: str, causal: bool, neuron: Neuron = Neuron(), surrogate: Surrogate = ATan()
+) -> Settings:
+    """For the kernels on a device, or the emulator."""
+    own = (neuron.tau, 1.0, neuron.v_reset, neuron.detach_reset, surrogate.name, surrogate.alpha)
+    return Settings(fire, order, causal, *own, "cupy")
 
 
 def check_attention(
@@ -183,19 +184,18 @@ def check_attention(
     inputs = attention_inputs(T, B, H, L, S, E, rate=rate, dtype=dtype, fire=fire, masked=masked)
     if odd is not None:  # q, k or v holds numbers that are no spikes
         inputs[odd].mul_(torch.randint(-2, 5, inputs[odd].shape) / 2)
-    settings = (neuron.tau, 1.0, neuron.v_reset)
-    wanted = spiking_attention_reference(*inputs, fire, order, causal, *settings, neuron.detach_reset, surrogate)
-    on_device = move(list(inputs), device)
-    got = attention_forward_cuda(*on_device, fire, order, causal, *settings)
+    settings = attention_settings(fire, order, causal, neuron, surrogate)
+    wanted = spiking_attention_reference(*inputs, *settings[:7], surrogate)
+    on_device = Inputs(*move(list(inputs), device))
+    got = attention_forward_cuda(on_device, settings)
     assert_equal([got.transpose(2, 3)], [wanted.transpose(2, 3).contiguous()])
     grad = torch.randn(T, B, L, H, E).to(dtype).transpose(2, 3)
     products = grad.double() * inputs.scale.double()
     if fire == "output":
-        products = _check_attention_backward(grad, inputs, on_device, order, causal, settings, neuron, surrogate, exact)
-    neuron_settings = (*settings, neuron.detach_reset, surrogate.name, surrogate.alpha)
-    got = attention_gradients_cuda(*move([grad], device), *on_device, fire, order, causal, *neuron_settings)
+        products = _check_attention_backward(grad, inputs, on_device, settings, surrogate, exact)
+    got = attention_gradients_cuda(*move([grad], device), on_device, settings)
     if fire == "map":
-        truths = _gradients_of_map(grad, inputs, causal, settings, neuron, surrogate)
+        truths = _gradients_of_map(grad, inputs, causal, neuron, surrogate)
     else:
         truths = _gradients_of_products(products, *inputs, causal)
     _check_gradients(got, truths, *inputs)
@@ -207,7 +207,7 @@ def _gradients_of_products(grad, q, k, v, scale, query_mask, key_mask, causal) -
     return product_backward(grad, *own, causal)
 
 
-def _gradients_of_map(grad, inputs, causal, settings, neuron, surrogate) -> tuple[Tensor, ...]:
+def _gradients_of_map(grad, inputs, causal, neuron, surrogate) -> tuple[Tensor, ...]:
     """The definition's in float64, with the neurons' own backward in float32: its spikes are those of the kernel."""
     q, k, v, scale, query_mask, key_mask = inputs
     own = (masked(x, mask, torch.float64) for x, mask in zip((q, k, v), (query_mask, key_mask, key_mask), strict=True))
@@ -238,31 +238,20 @@ def _check_gradients(got, truths, q, k, v, scale, query_mask, key_mask) -> None:
         assert (result.cpu().double() - truth).abs().max() <= bound * truth.abs().max()
 
 
-def _check_attention_backward(grad, inputs, on_device, order, causal, settings, neuron, surrogate, exact) -> Tensor:
+def _check_attention_backward(grad, inputs, on_device, settings, surrogate, exact) -> Tensor:
     """``scale dL/dY`` of ``inputs`` and of the same tensors ``on_device``; returns the definition's."""
-    q, k, v, scale, *masks = inputs
-    current = product(*(masked(x, mask) for x, mask in zip((q, k, v), (*masks, masks[1]), strict=True)), order, causal)
+    q, k, v, scale, *_ = inputs
+    current = product(*inputs.masked(q, k, v), settings.order, settings.is_causal)
     definition, truth = (
         lif_backward_reference(
             grad.to(dtype), torch.zeros(q.shape[1:], dtype=dtype), None, (current * scale).to(dtype),
-            torch.full(q.shape[1:], neuron.v_reset or 0.0, dtype=dtype), None,
-            q.shape[0], neuron.tau, True, 1.0, neuron.v_reset, neuron.detach_reset, surrogate,
+            torch.full(q.shape[1:], settings.v_reset or 0.0, dtype=dtype), None,
+            q.shape[0], settings.tau, True, *settings[4:7], surrogate,
         )[0] * scale
         for dtype in (torch.float32, torch.float64)
     )  # fmt: skip
-    alpha = (surrogate.name, surrogate.alpha)
-    bits = attention_bits_cuda(*on_device[:3], *on_device[4:], "output", order, causal, False)
-    result = attention_backward_cuda(
-        *move([grad], on_device[0].device),
-        *on_device,
-        order,
-        causal,
-        *settings,
-        neuron.detach_reset,
-        *alpha,
-        None,
-        bits,
-    )[..., : q.shape[-1]]
+    bits = attention_bits_cuda(on_device, settings, False)
+    result = attention_backward_cuda(*move([grad], on_device.q.device), on_device, settings, bits)[..., : q.shape[-1]]
     if exact:
         assert result.dtype == (torch.bfloat16 if q.dtype == torch.bfloat16 else torch.float32)
         assert_equal([result.contiguous()], [definition.to(result.dtype)])

@@ -16,6 +16,7 @@ CHECKED = (
     "spikeattn.ops.norm_lif.op",
     "spikeattn.ops.norm_lif.reference",
     "spikeattn.ops.spiking_attention.autograd",
+    "spikeattn.ops.spiking_attention.call",
     "spikeattn.ops.spiking_attention.op",
     "spikeattn.ops.spiking_attention.reference",
     "spikeattn.ops.spiking_attention.registered",

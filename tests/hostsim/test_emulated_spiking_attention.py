@@ -12,9 +12,10 @@ from kernel_cases import DTYPES, Neuron, assert_equal, attention_inputs, check_a
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from spikeattn import ATan
+from spikeattn import ATan, CustomSurrogate
 from spikeattn.ops.spiking_attention import cuda, cuda_plans, registered
 from spikeattn.ops.spiking_attention.autograd import attention as attend
+from spikeattn.ops.spiking_attention.call import Inputs, Settings
 from spikeattn.ops.spiking_attention.registered import spiking_attention_backward, spiking_attention_forward
 
 pytestmark = pytest.mark.kernel
@@ -24,6 +25,7 @@ pytestmark = pytest.mark.kernel
 SIZES = [(1, 1, 1, 1, 1, 1), (3, 2, 1, 5, 33, 8), (4, 1, 2, 9, 64, 32), (2, 2, 2, 17, 7, 33), (3, 1, 1, 3, 70, 65)]
 SIZES += [(2, 1, 1, 6, 40, 128)]
 WAYS = [("output", "map_first"), (None, "map_first"), ("output", "state_first"), (None, "state_first"), ("map", "auto")]
+SETTINGS = Settings("output", "auto", False, 2.0, 1.0, 0.0, True, "atan", 2.0, "cupy")
 
 
 @pytest.fixture(autouse=True)
@@ -128,14 +130,15 @@ def test_strides_reach_the_kernels_by_value(emulated, way):
     """Slices of larger tensors and any order of axes, the channels of one in the middle of its memory."""
     fire, order = way
     inputs = attention_inputs(3, 2, 2, 5, 5, 8, rate=0.5, dtype=torch.float32, fire=fire, masked=True)
-    wanted = cuda.attention_forward_cuda(*inputs, fire, order, False, 2.0, 1.0, 0.0)
+    settings = SETTINGS._replace(fire=fire, order=order)
+    wanted = cuda.attention_forward_cuda(inputs, settings)
     q, k, v, scale, query_mask, key_mask = inputs
     q = torch.cat([q, 1 - q], 3).permute(3, 0, 2, 1, 4).contiguous().permute(1, 3, 2, 0, 4)[..., :5, :]
     k = torch.cat([1 - k, k], -1)[..., 8:]
     v = v.permute(4, 3, 2, 1, 0).contiguous().permute(4, 3, 2, 1, 0)
     scale = scale.expand(3, 2, 2, 5, 1)
     query_mask = torch.stack([query_mask, ~query_mask], -1)[..., 0]
-    got = cuda.attention_forward_cuda(q, k, v, scale, query_mask, key_mask, fire, order, False, 2.0, 1.0, 0.0)
+    got = cuda.attention_forward_cuda(Inputs(q, k, v, scale, query_mask, key_mask), settings)
     assert torch.equal(got, wanted)
     assert got.any()
 
@@ -150,17 +153,20 @@ def test_numbers_that_are_no_spikes_are_multiplied(emulated, way, causal):
 
 @pytest.mark.parametrize("way", WAYS, ids=ids)
 def test_padding_may_hold_any_number(emulated, way):
-    inputs = attention_inputs(2, 1, 1, 5, 5, 8, rate=0.5, dtype=torch.float32, fire=way[0], masked=False)
+    fire, order = way
+    inputs = attention_inputs(2, 1, 1, 5, 5, 8, rate=0.5, dtype=torch.float32, fire=fire, masked=False)
     for x in inputs[:3]:
         x[:, :, :, 3] = float("nan")
     mask = torch.arange(5).unsqueeze(0) == 3
-    assert cuda.attention_forward_cuda(*inputs[:4], mask, mask, *way, False, 2.0, 1.0, 0.0).isfinite().all()
+    inputs = inputs._replace(query_padding_mask=mask, key_padding_mask=mask)
+    assert cuda.attention_forward_cuda(inputs, SETTINGS._replace(fire=fire, order=order)).isfinite().all()
 
 
 def test_a_scale_may_depend_on_the_step(emulated):
-    q, k, v, scale, *masks = attention_inputs(4, 1, 2, 3, 5, 8, rate=0.5, dtype=torch.float32, fire=None, masked=False)
-    scale = 2.0 ** torch.arange(4).view(4, 1, 1, 1, 1) * scale
-    out = cuda.attention_forward_cuda(q, k, v, scale, *masks, None, "map_first", False, 2.0, 1.0, 0.0)
+    inputs = attention_inputs(4, 1, 2, 3, 5, 8, rate=0.5, dtype=torch.float32, fire=None, masked=False)
+    inputs = inputs._replace(scale=2.0 ** torch.arange(4).view(4, 1, 1, 1, 1) * inputs.scale)
+    q, k, v, scale, *_ = inputs
+    out = cuda.attention_forward_cuda(inputs, SETTINGS._replace(fire=None, order="map_first"))
     assert torch.equal(out, (q @ k.mT @ v) * scale)
 
 
@@ -178,7 +184,7 @@ def test_the_registered_operations_take_the_kernels_and_give_the_gradients(emula
     inputs = attention_inputs(*size, rate=0.4, dtype=torch.float32, fire=fire, masked=True)
     grad, results = torch.randn(4, 2, 2, 6, 16), {}
     for backend in ("torch", "cupy"):
-        settings = (fire, "map_first", causal, 2.0, 1.0, 0.0, True, "atan", 2.0, backend)
+        settings = SETTINGS._replace(fire=fire, order="map_first", is_causal=causal, backend=backend)
         out = spiking_attention_forward(*inputs, *settings)
         results[backend] = (out, *spiking_attention_backward(grad, *inputs, *settings))
     assert torch.equal(results["cupy"][0], results["torch"][0])
@@ -205,7 +211,7 @@ def test_training_packs_once_and_gives_the_same_bits(emulated, fire, causal, mon
     monkeypatch.setattr(cuda, "launch", launch)
     q, k, v, *rest = attention_inputs(4, 2, 2, 6, 6, 16, rate=0.4, dtype=torch.float32, fire=fire, masked=True)
     order = "map_first" if fire == "map" else "state_first"
-    settings = (fire, order, causal, 2.0, 1.0, 0.0, True, "atan", 2.0, "cupy")
+    settings = SETTINGS._replace(fire=fire, order=order, is_causal=causal)
     grad = torch.randn_like(q)
     wanted = spiking_attention_backward(grad, q, k, v, *rest, *settings)
     assert launched.pop("spk_attention_pack_f32") == 1
@@ -219,9 +225,9 @@ def test_training_packs_once_and_gives_the_same_bits(emulated, fire, causal, mon
 
 def test_a_surrogate_of_ones_own_reaches_the_backward(emulated):
     inputs = attention_inputs(4, 1, 1, 3, 5, 8, rate=0.5, dtype=torch.float32, fire="output", masked=False)
-    settings = (torch.randn(4, 1, 1, 3, 8), *inputs, "output", "auto", False, 2.0, 1.0, 0.0, True)
-    own = cuda.attention_gradients_cuda(*settings, "custom_0", 1.0, CUSTOM)
-    assert_equal(own, cuda.attention_gradients_cuda(*settings, "atan", ATan(2.0).alpha))
+    grad, own = torch.randn(4, 1, 1, 3, 8), CustomSurrogate(torch.sigmoid, ATan(2.0).derivative, cuda=CUSTOM)
+    got = cuda.attention_gradients_cuda(grad, inputs, SETTINGS._replace(surrogate=own.name, alpha=own.alpha))
+    assert_equal(got, cuda.attention_gradients_cuda(grad, inputs, SETTINGS))
 
 
 @pytest.mark.parametrize("fire", ["output", "map", None])
@@ -232,7 +238,7 @@ def test_what_is_kept_does_not_depend_on_who_watches(emulated, fire):
         leaves = [x.clone().requires_grad_() for x in (q, k, v)]
 
         def call(*qkv):
-            return attend(*qkv, *rest, fire, order, False, 2.0, 1.0, 0.0, True, "atan", 2.0, "cupy")
+            return attend(*qkv, *rest, *SETTINGS._replace(fire=fire, order=order))
 
         with forward_mode(*[] if forward_mode is nullcontext else [None, 2, False]):
             out = checkpoint(call, *leaves, use_reentrant=False)
@@ -245,13 +251,13 @@ def test_what_is_kept_does_not_depend_on_who_watches(emulated, fire):
 @pytest.mark.parametrize("causal", [False, True])
 def test_gradients_of_few_steps_at_a_time_are_the_same(emulated, causal, monkeypatch):
     inputs = attention_inputs(5, 2, 2, 40, 40, 24, rate=0.4, dtype=torch.float32, fire="output", masked=True)
-    settings = (*inputs, "output", "auto", causal, 2.0, 1.0, 0.0, True, "atan", 2.0)
+    settings = SETTINGS._replace(is_causal=causal)
     grad = torch.randn(5, 2, 40, 2, 24).transpose(2, 3)
-    whole = cuda.attention_gradients_cuda(grad, *settings)
+    whole = cuda.attention_gradients_cuda(grad, inputs, settings)
     for steps in (1, 2):
         monkeypatch.setattr(cuda, "SCRATCH_BYTES", steps * 4 * 1024 * (2 + 8))
         assert len(cuda._slices(5, 4, 40, 40, 24, "f32", causal)) == -(-5 // steps)
-        sliced = cuda.attention_gradients_cuda(grad, *settings)
+        sliced = cuda.attention_gradients_cuda(grad, inputs, settings)
         assert_equal([x.contiguous() for x in sliced], [x.contiguous() for x in whole])
 
 
@@ -260,9 +266,8 @@ def test_devices_without_tensor_cores_take_products(emulated, monkeypatch):
     monkeypatch.setattr(cuda, "launch", lambda plan, *args: launched.update([plan.kernel]))
     monkeypatch.setattr(registered, "_has_tensor_cores", lambda device: False)
     q, k, v, *rest = attention_inputs(4, 2, 2, 6, 6, 16, rate=0.4, dtype=torch.float32, fire=None, masked=True)
-    settings = (None, "auto", False, 2.0, 1.0, 0.0, True, "atan", 2.0)
     leaves = [x.requires_grad_() for x in (q, k, v)]
-    results = [attend(*leaves, *rest, *settings, backend) for backend in ("cupy", "torch")]
+    results = [attend(*leaves, *rest, *SETTINGS._replace(fire=None, backend=backend)) for backend in ("cupy", "torch")]
     assert torch.equal(*results)
     got, wanted = (torch.autograd.grad(out.sum(), leaves) for out in results)
     assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))

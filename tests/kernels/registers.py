@@ -15,6 +15,7 @@ import spikeattn.ops.lif.cuda as lif
 import spikeattn.ops.norm_lif.cuda as norm_lif
 import spikeattn.ops.spiking_attention.cuda as attention
 from spikeattn._cuda.source import Program
+from spikeattn.ops.spiking_attention.call import Inputs, Settings
 
 RECORDED = Path(__file__).with_name("registers.json")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -82,11 +83,14 @@ def _attention(arch: str, dtype: torch.dtype, E: int, fire: str, order: str, S: 
     """Both directions; programs are the same for many calls."""
     q, k = _empty(32, 64, 8, 110, E, dtype=dtype), _empty(32, 64, 8, S, E, dtype=dtype)
     what = f"E={E} S={S}" + (" causal" if causal else "") + (" state first" if order == "state_first" else "")
-    inputs = (q, k, k, _empty(1, 1, 1, 1, 1), _empty(64, 110, dtype=torch.bool), _empty(64, S, dtype=torch.bool))
+    masks = _empty(64, 110, dtype=torch.bool), _empty(64, S, dtype=torch.bool)
     tau, _, *potentials = NEURON
-    forward = (*inputs, fire, order, causal, tau, *potentials)
-    calls = [_captured(attention, what, arch, attention.attention_forward_cuda, *forward)]
-    calls.append(_captured(attention, what, arch, attention.attention_gradients_cuda, q, *forward, *GRADIENT))
+    call = (
+        Inputs(q, k, k, _empty(1, 1, 1, 1, 1), *masks),
+        Settings(fire, order, causal, tau, *potentials, *GRADIENT, "cupy"),
+    )
+    calls = [_captured(attention, what, arch, attention.attention_forward_cuda, *call)]
+    calls.append(_captured(attention, what, arch, attention.attention_gradients_cuda, q, *call))
     for name, *rest in dict.fromkeys(case for call in calls for case in call):
         of_keys = ("kOfKeys", 1) in rest[-1].constants  # the other program of the same kernel
         yield name + (" of keys" if of_keys else ""), *rest

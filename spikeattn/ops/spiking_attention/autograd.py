@@ -6,70 +6,59 @@ import torch
 from torch import Tensor
 
 from spikeattn._autograd import differentiable, direct, watched
+from spikeattn.ops.spiking_attention.call import Inputs, Settings, as_call
 from spikeattn.ops.spiking_attention.layout import steps_of_gradients
 from spikeattn.ops.spiking_attention.registered import (
     cupy_takes,
-    gradients_on_cuda,
     spiking_attention_backward,
     spiking_attention_forward,
 )
-from spikeattn.ops.surrogate import surrogate_of
 
 
 def _save(ctx, inputs, output) -> None:
     """Keep the inputs only: the backward computes products and potentials again."""
-    q, k, v, scale, query_padding_mask, key_padding_mask, *ctx.settings = inputs
+    tensors, ctx.settings = as_call(inputs)
     ctx.keeps = "numbers"
-    ctx.save_for_backward(q, k, v, scale, query_padding_mask, key_padding_mask)
+    ctx.save_for_backward(*tensors)
 
 
-def _run_eagerly(ctx, run, inputs) -> Tensor:
+def _run_eagerly(ctx, run, arguments) -> Tensor:
     """Keep spikes as bits where kernels run, which attend to bits. What is kept is the same if somebody watches."""
-    q, k, v, *_, backend = inputs
-    if any(ctx.needs_input_grad) and cupy_takes(q, k, backend):
-        return _run_on_cuda(ctx, run, inputs)
-    if any(ctx.needs_input_grad) and backend == "numba":
+    inputs, settings = as_call(arguments)
+    q, k, v, *_ = inputs
+    if any(ctx.needs_input_grad) and cupy_takes(q, k, settings.backend):
+        return _run_on_cuda(ctx, run, inputs, settings)
+    if any(ctx.needs_input_grad) and settings.backend == "numba":
         from spikeattn.ops.spiking_attention.cpu_inputs import spikes_of
 
         if spikes := spikes_of(q, k, v):
-            return _run_on_cpu(ctx, run, inputs, spikes)
-    out = run(*inputs)
-    _save(ctx, inputs, out)
+            return _run_on_cpu(ctx, run, inputs, settings, spikes)
+    out = run(*arguments)
+    _save(ctx, arguments, out)
     return out
 
 
-def _run_on_cuda(ctx, run, inputs) -> Tensor:
+def _run_on_cuda(ctx, run, inputs: Inputs, settings: Settings) -> Tensor:
     """Keep bits besides ``q``, ``k`` and ``v``: only the device knows whether these hold numbers that are no spikes."""
     from spikeattn.ops.spiking_attention.cuda import attention_bits_cuda, attention_forward_cuda
 
-    q, k, v, scale, query_padding_mask, key_padding_mask, *settings = inputs
-    fire, order, is_causal, tau, v_threshold, v_reset, *_ = settings
-    masks = (query_padding_mask, key_padding_mask)
-    bits = attention_bits_cuda(q, k, v, *masks, fire, order, is_causal, True)
-    if watched(inputs):
-        out = run(*inputs)
-    else:
-        out = attention_forward_cuda(
-            q, k, v, scale, *masks, fire, order, is_causal, tau, v_threshold, v_reset, bits
-        )  # fmt: skip
+    bits = attention_bits_cuda(inputs, settings, True)
+    out = run(*inputs, *settings) if watched(inputs) else attention_forward_cuda(inputs, settings, bits)
     ctx.settings, ctx.keeps = settings, "bits and numbers"
-    ctx.save_for_backward(*bits, q, k, v, scale, *masks)
+    ctx.save_for_backward(*bits, *inputs)
     return out
 
 
-def _run_on_cpu(ctx, run, inputs, spikes) -> Tensor:
+def _run_on_cpu(ctx, run, inputs: Inputs, settings: Settings, spikes) -> Tensor:
     """Keep bits instead of ``q``, ``k`` and ``v``."""
     from spikeattn.ops.spiking_attention import cpu
 
-    q, k, v, scale, query_padding_mask, key_padding_mask, *settings = inputs
-    fire, _, is_causal, tau, v_threshold, v_reset, *_ = settings
-    masks = (query_padding_mask, key_padding_mask)
-    if cpu.takes(q.shape, k.shape[3], q.dtype, scale, fire, is_causal) and not watched(inputs):
-        out = cpu.spiking_attention_forward_cpu(
-            spikes, scale, *masks, fire, is_causal, tau, v_threshold, v_reset
-        )  # fmt: skip
+    q, k, v, scale, *masks = inputs
+    takes = cpu.takes(q.shape, k.shape[3], q.dtype, scale, settings.fire, settings.is_causal)
+    if takes and not watched(inputs):
+        out = cpu.spiking_attention_forward_cpu(spikes, scale, inputs.masks, settings)
     else:
-        out = run(*inputs)
+        out = run(*inputs, *settings)
     ctx.settings, ctx.keeps = settings, "bits"
     ctx.layouts, ctx.steps = [x[1:] for x in spikes], steps_of_gradients(q, k, v)
     ctx.save_for_backward(*(x.bits for x in spikes), scale, *masks)
@@ -78,41 +67,41 @@ def _run_on_cpu(ctx, run, inputs, spikes) -> Tensor:
 
 def _backward(ctx, grad):
     """Hand over to the registered backward, or bits to kernels; None for an input that needs no gradient."""
-    *kept, scale, query_padding_mask, key_padding_mask = ctx.saved_tensors  # once: checkpointing allows no second look
-    inputs: tuple[Tensor, Tensor | None, Tensor | None] = (scale, query_padding_mask, key_padding_mask)
-    if ctx.keeps == "bits":
-        grads = _backward_of_bits(ctx, grad, kept, inputs)
-    else:
-        *bits, q, k, v = kept
-        if bits and not (torch.is_grad_enabled() or watched((grad, q, k, v, *inputs))):
-            grads = gradients_on_cuda(bits, grad, q, k, v, *inputs, *ctx.settings)
-        else:  # where there is a graph to be made, it says that it has no second derivative
-            grads = _attention_backward(grad, q, k, v, *inputs, *ctx.settings)
+    kept = ctx.saved_tensors  # once: checkpointing allows no second look
+    grads = _backward_of_bits(ctx, grad, kept) if ctx.keeps == "bits" else _backward_of_numbers(ctx, grad, kept)
     needed = [g if need else None for g, need in zip(grads, ctx.needs_input_grad[:3], strict=True)]
     return (*needed, *(None,) * (3 + len(ctx.settings)))
 
 
-def _backward_of_bits(
-    ctx, grad: Tensor, kept: Sequence[Tensor], inputs: tuple[Tensor, Tensor | None, Tensor | None]
-) -> Sequence[Tensor]:
+def _backward_of_numbers(ctx, grad: Tensor, kept) -> Sequence[Tensor]:
+    """Gradients of ``q``, ``k`` and ``v``; with their bits, if these were kept and nobody has to see the operation."""
+    count = len(Inputs._fields)
+    bits, inputs = kept[:-count], Inputs(*kept[-count:])
+    # Where there is a graph to be made, the registered operation says that it has no second derivative.
+    if not bits or torch.is_grad_enabled() or watched((grad, *inputs)):
+        return _attention_backward(grad, *inputs, *ctx.settings)
+    from spikeattn.ops.spiking_attention.cuda import Bits, attention_gradients_cuda
+
+    return attention_gradients_cuda(grad, inputs, ctx.settings, Bits(*bits))
+
+
+def _backward_of_bits(ctx, grad: Tensor, kept) -> Sequence[Tensor]:
     """Gradients of spikes of which bits were kept; as numbers, where somebody has to see the operation."""
     from spikeattn._cpu.packed import Packed, unpacked
     from spikeattn.ops.spiking_attention import cpu_backward
     from spikeattn.ops.spiking_attention.cpu_inputs import Spikes
 
-    spikes = Spikes(*(Packed(bits, *layout) for bits, layout in zip(kept, ctx.layouts, strict=True)))
-    fire, _, is_causal, tau, v_threshold, v_reset, detach_reset, surrogate, alpha, _ = ctx.settings
+    *bits, scale, query_padding_mask, key_padding_mask = kept
+    masks = (query_padding_mask, key_padding_mask)
+    spikes = Spikes(*(Packed(own, *layout) for own, layout in zip(bits, ctx.layouts, strict=True)))
     q, k, _ = spikes
     twice = torch.is_grad_enabled()  # the registered operation says that it has no second derivative
-    takes = cpu_backward.takes_backward(q.shape, k.shape[3], q.dtype, inputs[0], fire)
-    if takes and not (twice or watched((grad, *inputs))):
-        return cpu_backward.spiking_attention_backward_cpu(
-            grad, spikes, ctx.steps, *inputs,
-            fire, is_causal, tau, v_threshold, v_reset, detach_reset, surrogate_of(surrogate, alpha),
-        )  # fmt: skip
+    takes = cpu_backward.takes_backward(q.shape, k.shape[3], q.dtype, scale, ctx.settings.fire)
+    if takes and not (twice or watched((grad, scale, *masks))):
+        return cpu_backward.spiking_attention_backward_cpu(grad, spikes, ctx.steps, scale, masks, ctx.settings)
     # Whether they want a gradient is what counters of operations ask.
     numbers = (unpacked(x).requires_grad_(need) for x, need in zip(spikes, ctx.needs_input_grad, strict=False))
-    return _attention_backward(grad, *numbers, *inputs, *ctx.settings)
+    return _attention_backward(grad, *numbers, scale, *masks, *ctx.settings)
 
 
 _attention_backward = direct(spiking_attention_backward)

@@ -13,6 +13,7 @@ from spikeattn._cpu.memory import empty
 from spikeattn._cpu.neuron import neuron_scalars
 from spikeattn._cpu.threads import spread
 from spikeattn._leak import has_exact_reciprocal
+from spikeattn.ops.spiking_attention.call import Masks, Settings
 from spikeattn.ops.spiking_attention.cpu_inputs import Spikes, are_taken, input_arguments
 from spikeattn.ops.spiking_attention.cpu_map import LONGEST, LONGEST_CAUSAL, map_kernel
 from spikeattn.ops.spiking_attention.cpu_state import state_kernel
@@ -31,26 +32,17 @@ def takes(shape: Sequence[int], S: int, dtype: torch.dtype, scale: Tensor, fire:
     return fits and are_taken(shape, dtype, scale)
 
 
-def spiking_attention_forward_cpu(
-    spikes: Spikes,
-    scale: Tensor,
-    query_padding_mask: Tensor | None,
-    key_padding_mask: Tensor | None,
-    fire: str | None,
-    is_causal: bool,
-    tau: float,
-    v_threshold: float,
-    v_reset: float | None,
-) -> Tensor:
+def spiking_attention_forward_cpu(spikes: Spikes, scale: Tensor, masks: Masks, settings: Settings) -> Tensor:
     """`spiking_attention`, [T, B, H, L, E] in memory [T, B, L, H, E]."""
-    (T, B, H, L, E), dtype = spikes.q.shape, spikes.q.dtype
-    masks = in_one_piece(query_padding_mask), in_one_piece(key_padding_mask)
+    (T, B, H, L, E), dtype, fire = spikes.q.shape, spikes.q.dtype, settings.fire
+    tau, v_threshold, v_reset = settings.tau, settings.v_threshold, settings.v_reset
+    masks = in_one_piece(masks[0]), in_one_piece(masks[1])
     out = empty((T, B, L, H, E), dtype)
     neuron = (not has_exact_reciprocal(tau), v_reset is not None)
     spread(
         map_kernel(dtype, *neuron) if fire == "map" else state_kernel(dtype, E > WORD, fire == "output", *neuron),
         B * H if fire == "map" else B * H * -(-E // WORD), out.numel(),
-        **input_arguments(spikes, scale, masks, is_causal), out=out.data_ptr(),
+        **input_arguments(spikes, scale, masks, settings.is_causal), out=out.data_ptr(),
         **neuron_scalars(tau, None, v_threshold, v_reset),
     )  # fmt: skip
     return out.transpose(2, 3)

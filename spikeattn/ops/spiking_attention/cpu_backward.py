@@ -39,6 +39,7 @@ from spikeattn._cpu.streams import prefetch
 from spikeattn._cpu.threads import spread
 from spikeattn._cpu.vectors import ROWS, TILE, multiply, multiply_row, row_of
 from spikeattn._leak import has_exact_reciprocal
+from spikeattn.ops.spiking_attention.call import Masks, Settings
 from spikeattn.ops.spiking_attention.cpu import MOST_STATE_ROWS, MOST_TOKENS
 from spikeattn.ops.spiking_attention.cpu_inputs import (
     INPUTS,
@@ -52,7 +53,7 @@ from spikeattn.ops.spiking_attention.cpu_inputs import (
 )
 from spikeattn.ops.spiking_attention.cpu_state import TOKENS, sum_currents
 from spikeattn.ops.spiking_attention.layout import in_one_piece, rows_in_one_piece
-from spikeattn.ops.surrogate import Surrogate
+from spikeattn.ops.surrogate import surrogate_of
 
 _MOST_GRADIENTS = 1 << 24  # T * L * E: 64 MiB for each thread
 # Queries whose gradients are added up one after another, in float32; then sums of so many.
@@ -289,28 +290,22 @@ def spiking_attention_backward_cpu(
     spikes: Spikes,
     steps: Sequence[tuple[int, ...]],
     scale: Tensor,
-    query_padding_mask: Tensor | None,
-    key_padding_mask: Tensor | None,
-    fire: str | None,
-    is_causal: bool,
-    tau: float,
-    v_threshold: float,
-    v_reset: float | None,
-    detach_reset: bool,
-    surrogate: Surrogate,
+    masks: Masks,
+    settings: Settings,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v with the strides ``steps``."""
-    dtype = spikes.q.dtype
+    dtype, surrogate = spikes.q.dtype, surrogate_of(settings.surrogate, settings.alpha)
+    tau, v_threshold, v_reset = settings.tau, settings.v_threshold, settings.v_reset
     grad = rows_in_one_piece(grad.to(dtype))
-    masks = in_one_piece(query_padding_mask), in_one_piece(key_padding_mask)
+    masks = in_one_piece(masks[0]), in_one_piece(masks[1])
     grad_q, grad_k, grad_v = (
         empty((x.shape.numel(),), dtype).as_strided(x.shape, own) for x, own in zip(spikes, steps, strict=True)
     )
-    neuron = (not has_exact_reciprocal(tau), v_reset is not None, detach_reset)
-    plan = (dtype, spikes.q.shape[-1] > WORD, fire == "output", *neuron)
+    neuron = (not has_exact_reciprocal(tau), v_reset is not None, settings.detach_reset)
+    plan = (dtype, spikes.q.shape[-1] > WORD, settings.fire == "output", *neuron)
     spread(
         for_surrogate(backward_kernel, plan, surrogate), grad.shape[1] * grad.shape[2], grad.numel(),
-        **input_arguments(spikes, scale, masks, is_causal), **tensor_arguments("grad", grad),
+        **input_arguments(spikes, scale, masks, settings.is_causal), **tensor_arguments("grad", grad),
         **tensor_arguments("grad_q", grad_q), **tensor_arguments("grad_k", grad_k),
         **tensor_arguments("grad_v", grad_v),
         **neuron_scalars(tau, None, v_threshold, v_reset), **surrogate_scalars(surrogate.name, surrogate.alpha),

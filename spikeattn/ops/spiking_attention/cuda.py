@@ -17,6 +17,7 @@ from spikeattn._cuda.neuron import (
 )
 from spikeattn._cuda.source import Program
 from spikeattn._leak import leak
+from spikeattn.ops.spiking_attention.call import Inputs, Masks, Settings
 from spikeattn.ops.spiking_attention.cuda_plans import (
     LANE,
     MAX_MAP_KEYS,
@@ -37,7 +38,8 @@ from spikeattn.ops.spiking_attention.cuda_plans import (
     words_of,
 )
 from spikeattn.ops.spiking_attention.layout import in_one_piece, room_for_gradient, rows_in_one_piece, strides
-from spikeattn.ops.spiking_attention.reference import CHUNK, masked
+from spikeattn.ops.spiking_attention.reference import CHUNK
+from spikeattn.ops.surrogate import surrogate_of
 
 # What spikeattn.cuh and the neuron need where a kernel has no use for it.
 _UNUSED = (("kVector", 1), *neuron_constants(2.0, True, 0.0), *NO_GRADIENT)
@@ -61,21 +63,12 @@ class Bits(NamedTuple):
         return Bits(*own, self.odd)  # type: ignore[arg-type, call-arg]
 
 
-def attention_bits_cuda(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    query_padding_mask: Tensor | None,
-    key_padding_mask: Tensor | None,
-    fire: str | None,
-    order: str,
-    is_causal: bool,
-    backward: bool,
-) -> Bits:
-    """Pack ``q``, ``k`` and ``v`` for the kernels that fire so, and for those of the way back."""
+def attention_bits_cuda(inputs: Inputs, settings: Settings, backward: bool) -> Bits:
+    """Pack q, k and v for the kernels that fire so, and for those of the way back."""
+    is_causal = settings.is_causal
+    q, k, v = (rows_in_one_piece(x) for x in inputs[:3])
     (T, B, H, L, E), S, storage = q.shape, k.shape[3], STORAGE[q.dtype]
-    q, k, v = (rows_in_one_piece(x) for x in (q, k, v))
-    state_first = is_state_first(S, fire, order)
+    state_first = is_state_first(S, settings.fire, settings.order)
 
     def rows(tokens: int) -> Tensor:
         return q.new_empty((T, B, H, tokens, words_of(E)), dtype=torch.int32)
@@ -94,32 +87,19 @@ def attention_bits_cuda(
     )
     aligned = _are_aligned(16 // q.element_size(), q, k, v)
     plan = plan_pack(T * B * H * -(-max(L, S) // 32), E, storage, aligned)
-    masks = in_one_piece(query_padding_mask), in_one_piece(key_padding_mask)
+    masks = (in_one_piece(mask) for mask in inputs.masks)
     args: list[Argument] = [*_starts(q, k, v), *masks, *bits[:7], T, B, H, L, S, E]
     _run("pack", plan, [*args, *strides(q), *strides(k), *strides(v)], q)
     return bits._replace(states=_states(bits, q, S, False)) if state_first and not is_causal else bits
 
 
-def attention_forward_cuda(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: Tensor,
-    query_padding_mask: Tensor | None,
-    key_padding_mask: Tensor | None,
-    fire: str | None,
-    order: str,
-    is_causal: bool,
-    tau: float,
-    v_threshold: float,
-    v_reset: float | None,
-    bits: Bits | None = None,
-) -> Tensor:
+def attention_forward_cuda(inputs: Inputs, settings: Settings, bits: Bits | None = None) -> Tensor:
     """`spiking_attention_reference` of what `takes` takes, [T, B, L, H, E] in memory; ``bits`` of the same call."""
+    fire, is_causal = settings.fire, settings.is_causal
+    bits = bits or attention_bits_cuda(inputs, settings, False)
+    inputs = _in_one_piece(inputs)
+    q, k, v, scale, *masks = inputs
     (T, B, H, L, E), S, storage = q.shape, k.shape[3], STORAGE[q.dtype]
-    masks = in_one_piece(query_padding_mask), in_one_piece(key_padding_mask)
-    bits = bits or attention_bits_cuda(q, k, v, *masks, fire, order, is_causal, False)
-    q, k, v = (rows_in_one_piece(x) for x in (q, k, v))
     out, width = q.new_empty((T, B, L, H, E)), 32 * words_of(E)
     target, operands = out, [bits.rows_q, bits.rows_k, bits.columns_v]
     if fire == "map" and S > MAX_MAP_KEYS:
@@ -129,112 +109,64 @@ def attention_forward_cuda(
         plan, direction = plan_map(B * H, L, S, E, storage, is_causal), "map"
         constants = plan.constants
     else:
-        state_first = is_state_first(S, fire, order)
+        state_first = is_state_first(S, fire, settings.order)
         operands.append(_states_to_attend_to(bits, q, S, is_causal) if state_first else None)
         plan = plan_attention("forward", B * H, L, S, E, storage, state_first, is_causal, E % LANE == 0)
         direction, constants = "forward", (*plan.constants, ("kFires", int(fire == "output")))
-    constants += _neuron(tau, v_reset) + NO_GRADIENT
+    constants += _neuron(settings) + NO_GRADIENT
     args: list[Argument] = [*operands, *_starts(scale), bits.odd, *_starts(q, k, v), *masks, target]
-    args += [T, B * H, H, L, S, E, *strides(scale), *strides(q), *strides(k), *strides(v)]
-    args += [leak(tau), float(v_threshold), float(v_reset or 0.0)]
+    args += [*_sizes(inputs), *_scalars(settings)]
     launch(plan, Program("spiking_attention", direction, storage, constants), args, q.device)
     if target is not out:
         out.copy_(target[..., :E].transpose(2, 3))
     return out.transpose(2, 3)
 
 
-def attention_backward_cuda(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: Tensor,
-    query_padding_mask: Tensor | None,
-    key_padding_mask: Tensor | None,
-    order: str,
-    is_causal: bool,
-    tau: float,
-    v_threshold: float,
-    v_reset: float | None,
-    detach_reset: bool,
-    surrogate: str,
-    alpha: float,
-    derivative: str | None,
-    bits: Bits,
-) -> Tensor:
+def attention_backward_cuda(grad: Tensor, inputs: Inputs, settings: Settings, bits: Bits) -> Tensor:
     """``scale dL/dY`` [T, B, H, L, 32 words] where the output fires, Y the currents: float32, or bfloat16 of bfloat16.
 
-    ``derivative`` is a surrogate's own spelling or None, as for `lif_backward_cuda`.
+    ``bits`` of the same call.
     """
+    is_causal = settings.is_causal
+    inputs = _in_one_piece(inputs)
+    q, k, v, scale, *masks = inputs
+    grad = rows_in_one_piece(grad.to(q.dtype))
     (T, B, H, L, E), S, storage = q.shape, k.shape[3], STORAGE[q.dtype]
-    grad, q, k, v = (rows_in_one_piece(x) for x in (grad.to(q.dtype), q, k, v))
-    state_first = is_state_first(S, "output", order)
+    state_first = is_state_first(S, "output", settings.order)
     out = q.new_empty((T, B, H, L, 32 * words_of(E)), dtype=_gradient_dtype(q))
     plan = plan_attention("backward", B * H, L, S, E, storage, state_first, is_causal, _are_aligned(LANE, grad))
     tiles = B * H * -(-L // QUERIES) * words_of(E)
     checkpoints = q.new_empty((-(-T // SEGMENT) - 1) * tiles * 32 * 2 * LANE, dtype=torch.float32)
-    constants = (*plan.constants, *_neuron(tau, v_reset), *gradient_constants(detach_reset, surrogate, derivative))
-    args: list[Argument] = [*_starts(grad), bits.rows_q, bits.rows_k, bits.columns_v]
-    args += [
-        _states_to_attend_to(bits, q, S, is_causal) if state_first else None,
-        *_starts(scale),
-        bits.odd,
-        *_starts(q, k, v),
-    ]
-    args += [in_one_piece(query_padding_mask), in_one_piece(key_padding_mask), out, checkpoints]
-    args += [T, B * H, H, L, S, E, *strides(scale), *strides(q), *strides(k), *strides(v), *strides(grad)]
-    args += [leak(tau), float(v_threshold), float(v_reset or 0.0), *surrogate_scalars(surrogate, alpha)]
-    launch(plan, Program("spiking_attention", "backward", storage, constants, derivative), args, q.device)
+    states = _states_to_attend_to(bits, q, S, is_causal) if state_first else None
+    args: list[Argument] = [*_starts(grad), bits.rows_q, bits.rows_k, bits.columns_v, states]
+    args += [*_starts(scale), bits.odd, *_starts(q, k, v), *masks, out, checkpoints]
+    args += [*_sizes(inputs), *strides(grad), *_scalars(settings)]
+    args += surrogate_scalars(settings.surrogate, settings.alpha)
+    launch(plan, _gradient_program("backward", storage, plan, settings), args, q.device)
     return out
 
 
 def attention_gradients_cuda(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: Tensor,
-    query_padding_mask: Tensor | None,
-    key_padding_mask: Tensor | None,
-    fire: str | None,
-    order: str,
-    is_causal: bool,
-    tau: float,
-    v_threshold: float,
-    v_reset: float | None,
-    detach_reset: bool,
-    surrogate: str,
-    alpha: float,
-    derivative: str | None = None,
-    bits: Bits | None = None,
+    grad: Tensor, inputs: Inputs, settings: Settings, bits: Bits | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of ``q``, ``k`` and ``v``, laid out as these.
-
-    ``derivative`` as for `attention_backward_cuda`; ``bits`` of the same call, for the way back.
-    """
+    """Gradients of q, k and v, laid out as these; ``bits`` of the same call, for the way back."""
+    outs = [room_for_gradient(x) for x in inputs[:3]]
+    bits = bits or attention_bits_cuda(inputs, settings, True)
+    inputs = _in_one_piece(inputs)
+    q, k, v, scale, *_ = inputs
     (T, B, H, L, E), S, storage = q.shape, k.shape[3], STORAGE[q.dtype]
-    outs = [room_for_gradient(x) for x in (q, k, v)]
-    masks = in_one_piece(query_padding_mask), in_one_piece(key_padding_mask)
-    bits = bits or attention_bits_cuda(q, k, v, *masks, fire, order, is_causal, True)
-    q, k, v = (rows_in_one_piece(x) for x in (q, k, v))
-    if fire == "map":
-        wide = _gradients_of_map(
-            _wide(grad, q), q, k, v, scale, *masks, bits, is_causal,
-            tau, v_threshold, v_reset, detach_reset, surrogate, alpha, derivative,
-        )  # fmt: skip
-        own = (masked(x[..., :E], mask) for x, mask in zip(wide, (*masks, masks[1]), strict=True))
+    if settings.fire == "map":
+        wide = _gradients_of_map(_wide(grad, q), inputs, settings, bits)
+        own = inputs.masked(*(x[..., :E] for x in wide))
         grad_q, grad_k, grad_v = (out.copy_(x) for out, x in zip(outs, own, strict=True))
         return grad_q, grad_k, grad_v
-    if fire == "output":
-        grad = attention_backward_cuda(
-            grad, q, k, v, scale, *masks, order, is_causal,
-            tau, v_threshold, v_reset, detach_reset, surrogate, alpha, derivative, bits,
-        )  # fmt: skip
+    if settings.fire == "output":
+        grad = attention_backward_cuda(grad, inputs, settings, bits)
     else:
         grad = _wide(grad * scale, q)
-    for steps in _slices(T, B * H, L, S, E, storage, is_causal):
+    for steps in _slices(T, B * H, L, S, E, storage, settings.is_causal):
         tensors = [x if steps == slice(0, T) else x[steps] for x in (grad, q, k, v, *outs)]
-        _gradients_of_products(tensors, *masks, bits.of_steps(steps), is_causal)
+        _gradients_of_products(tensors, inputs.masks, bits.of_steps(steps), settings.is_causal)
     grad_q, grad_k, grad_v = outs
     return grad_q, grad_k, grad_v
 
@@ -248,13 +180,7 @@ def _slices(T: int, heads: int, L: int, S: int, E: int, storage: str, is_causal:
     return [slice(t, min(T, t + steps)) for t in range(0, T, steps)]
 
 
-def _gradients_of_products(
-    tensors: Sequence[Tensor],
-    query_padding_mask: Tensor | None,
-    key_padding_mask: Tensor | None,
-    bits: Bits,
-    is_causal: bool,
-) -> None:
+def _gradients_of_products(tensors: Sequence[Tensor], masks: Masks, bits: Bits, is_causal: bool) -> None:
     """Write the gradients of q, k and v; ``tensors`` are G [T, B, H, L, 32 words], q, k, v and these gradients."""
     grad, q, k, v, *outs = tensors
     (T, B, H, L, E), S, storage, heads = q.shape, k.shape[3], STORAGE[q.dtype], q.shape[:3].numel()
@@ -270,44 +196,26 @@ def _gradients_of_products(
         sums = sums.sum(1)
     plan = plan_gradients(heads, L, S, E, storage, is_causal, _are_aligned(LANE, *outs))
     args: list[Argument] = [grad, bits.rows_q, bits.columns_q, bits.rows_k, bits.columns_k, bits.rows_v, states]
-    args += [sums[0], sums[1], bits.odd, *_starts(q, k, v), query_padding_mask, key_padding_mask, *_starts(*outs)]
+    args += [sums[0], sums[1], bits.odd, *_starts(q, k, v), *masks, *_starts(*outs)]
     args += [T, B, H, L, S, E, *(stride for x in (q, k, v, *outs) for stride in strides(x))]
     _run("gradients", plan, args, q)
 
 
-def _gradients_of_map(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: Tensor,
-    query_padding_mask: Tensor | None,
-    key_padding_mask: Tensor | None,
-    bits: Bits,
-    is_causal: bool,
-    tau: float,
-    v_threshold: float,
-    v_reset: float | None,
-    detach_reset: bool,
-    surrogate: str,
-    alpha: float,
-    derivative: str | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of ``q``, ``k`` and ``v`` in float32 [T, B, H, tokens, 32 words] where the map fires."""
+def _gradients_of_map(grad: Tensor, inputs: Inputs, settings: Settings, bits: Bits) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v in float32 [T, B, H, tokens, 32 words] where the map fires."""
+    q, k, v, scale, *masks = inputs
     (T, B, H, L, E), S, storage = q.shape, k.shape[3], STORAGE[q.dtype]
-    constants = (*_neuron(tau, v_reset), *gradient_constants(detach_reset, surrogate, derivative))
     args: list[Argument] = [grad, bits.rows_q, bits.columns_q, bits.rows_k, bits.columns_k, bits.rows_v]
-    args += [*_starts(scale), bits.odd, *_starts(q, k, v), query_padding_mask, key_padding_mask]
-    rest: list[Argument] = [T, B * H, H, L, S, E, *strides(scale), *strides(q), *strides(k), *strides(v)]
-    rest += [leak(tau), float(v_threshold), float(v_reset or 0.0), *surrogate_scalars(surrogate, alpha)]
+    args += [*_starts(scale), bits.odd, *_starts(q, k, v), *masks]
+    rest = [*_sizes(inputs), *_scalars(settings), *surrogate_scalars(settings.surrogate, settings.alpha)]
     shapes = [(*x.shape[:-1], 32 * words_of(E)) for x in (q, k, v)]
     grad_q, grad_k, grad_v = (q.new_empty(shape, dtype=torch.float32) for shape in shapes)
     for of_keys, outs in enumerate(((grad_q, None), (grad_k, grad_v))):
         rows = S if of_keys else L
-        plan = plan_map_back(B * H, rows, E, storage, is_causal, bool(of_keys))
+        plan = plan_map_back(B * H, rows, E, storage, settings.is_causal, bool(of_keys))
         count = (-(-T // SEGMENT) - 1) * B * H * -(-rows // 16) * 32 * 16
         checkpoints = q.new_empty(count, dtype=torch.float32)
-        program = Program("spiking_attention", "map_back", storage, plan.constants + constants, derivative)
+        program = _gradient_program("map_back", storage, plan, settings)
         launch(plan, program, [*args, *outs, checkpoints, *rest], q.device)
     return grad_q, grad_k, grad_v
 
@@ -339,8 +247,34 @@ def _run(direction: str, plan: LaunchPlan, args: list[Argument], q: Tensor) -> N
     launch(plan, program, args, q.device)
 
 
-def _neuron(tau: float, v_reset: float | None) -> Constants:
-    return (("kVector", 1), *neuron_constants(tau, True, v_reset))
+def _in_one_piece(inputs: Inputs) -> Inputs:
+    """What kernels read: channels side by side, masks contiguous."""
+    q, k, v = (rows_in_one_piece(x) for x in inputs[:3])
+    return Inputs(q, k, v, inputs.scale, *(in_one_piece(mask) for mask in inputs.masks))
+
+
+def _sizes(inputs: Inputs) -> list[Argument]:
+    """Sizes, and strides of the scale and the spikes, for kernels with neurons."""
+    q, k, v, scale, *_ = inputs
+    T, B, H, L, E = q.shape
+    return [T, B * H, H, L, k.shape[3], E, *strides(scale), *strides(q), *strides(k), *strides(v)]
+
+
+def _scalars(settings: Settings) -> list[Argument]:
+    """What neurons are given by value."""
+    return [leak(settings.tau), float(settings.v_threshold), float(settings.v_reset or 0.0)]
+
+
+def _neuron(settings: Settings) -> Constants:
+    return (("kVector", 1), *neuron_constants(settings.tau, True, settings.v_reset))
+
+
+def _gradient_program(direction: str, storage: str, plan: LaunchPlan, settings: Settings) -> Program:
+    """A kernel that goes back through neurons, with a surrogate's own spelling, if it has one for CUDA."""
+    derivative = getattr(surrogate_of(settings.surrogate, settings.alpha), "cuda", None)
+    gradient = gradient_constants(settings.detach_reset, settings.surrogate, derivative)
+    constants = (*plan.constants, *_neuron(settings), *gradient)
+    return Program("spiking_attention", direction, storage, constants, derivative)
 
 
 def _gradient_dtype(x: Tensor) -> torch.dtype:

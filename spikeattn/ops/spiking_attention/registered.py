@@ -1,4 +1,7 @@
-"""The registered operations behind `spiking_attention`: which kernels take a call, and else matrix products."""
+"""The registered operations behind `spiking_attention`: which kernels take a call, and else matrix products.
+
+PyTorch wants their arguments one by one; behind them a call is two tuples (`call.py`).
+"""
 
 from functools import cache
 
@@ -7,29 +10,21 @@ from torch import Tensor
 
 from spikeattn.ops.lif.op import lif_backward, lif_forward
 from spikeattn.ops.lif.reference import state_dtype
+from spikeattn.ops.spiking_attention.call import Inputs, Settings
 from spikeattn.ops.spiking_attention.layout import room_for_gradient, steps_of_gradients
-from spikeattn.ops.spiking_attention.reference import Neuron, attend, attend_backward, exact_sums, masked
-from spikeattn.ops.surrogate import surrogate_of
+from spikeattn.ops.spiking_attention.reference import Neuron, attend, attend_backward, exact_sums
 
 
-def _neuron(
-    q: Tensor,
-    tau: float,
-    v_threshold: float,
-    v_reset: float | None,
-    detach_reset: bool,
-    surrogate: str,
-    alpha: float,
-    backend: str,
-) -> Neuron:
+def _neuron(time_steps: int, settings: Settings) -> Neuron:
     """A LIF layer from rest on a backend."""
-    settings = (q.shape[0], tau, True, v_threshold, v_reset, detach_reset, surrogate, alpha)
+    reset = (settings.v_threshold, settings.v_reset, settings.detach_reset)
+    own = (time_steps, settings.tau, True, *reset, settings.surrogate, settings.alpha)
 
     def fire(current: Tensor) -> Tensor:
-        return lif_forward(current, None, None, *settings, False, backend)[0]
+        return lif_forward(current, None, None, *own, False, settings.backend)[0]
 
     def gradient(grad_spikes: Tensor, current: Tensor) -> Tensor:
-        return lif_backward(grad_spikes, None, None, current, None, None, *settings, backend)[0]
+        return lif_backward(grad_spikes, None, None, current, None, None, *own, settings.backend)[0]
 
     return Neuron(fire, gradient)
 
@@ -55,19 +50,6 @@ def _has_tensor_cores(device: torch.device) -> bool:
     return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def gradients_on_cuda(
-    bits, grad, q, k, v, scale, query_padding_mask, key_padding_mask,
-    fire, order, is_causal, tau, v_threshold, v_reset, detach_reset, surrogate, alpha, backend,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    from spikeattn.ops.spiking_attention.cuda import Bits, attention_gradients_cuda
-
-    return attention_gradients_cuda(
-        grad, q, k, v, scale, query_padding_mask, key_padding_mask,
-        fire, order, is_causal, tau, v_threshold, v_reset, detach_reset, surrogate, alpha,
-        getattr(surrogate_of(surrogate, alpha), "cuda", None), None if bits is None else Bits(*bits),
-    )  # fmt: skip
-
-
 @torch.library.custom_op("spikeattn::spiking_attention_forward", mutates_args=(), device_types=("cpu", "cuda"))
 def spiking_attention_forward(
     q: Tensor,
@@ -88,6 +70,8 @@ def spiking_attention_forward(
     backend: str,
 ) -> Tensor:
     """Return [T, B, H, L, E], [T, B, L, H, E] in memory."""
+    inputs = Inputs(q, k, v, scale, query_padding_mask, key_padding_mask)
+    settings = Settings(fire, order, is_causal, tau, v_threshold, v_reset, detach_reset, surrogate, alpha, backend)
     if not (q.numel() and k.numel()):
         return _empty_like(q).zero_()
     if backend == "numba":
@@ -95,27 +79,18 @@ def spiking_attention_forward(
         from spikeattn.ops.spiking_attention.cpu_inputs import spikes_of
 
         if cpu.takes(q.shape, k.shape[3], q.dtype, scale, fire, is_causal) and (spikes := spikes_of(q, k, v)):
-            masks = (query_padding_mask, key_padding_mask)
-            return cpu.spiking_attention_forward_cpu(
-                spikes, scale, *masks, fire, is_causal, tau, v_threshold, v_reset
-            )  # fmt: skip
+            return cpu.spiking_attention_forward_cpu(spikes, scale, inputs.masks, settings)
     if cupy_takes(q, k, backend):
         from spikeattn.ops.spiking_attention.cuda import attention_forward_cuda
 
-        inputs = (q, k, v, scale, query_padding_mask, key_padding_mask)
-        return attention_forward_cuda(*inputs, fire, order, is_causal, tau, v_threshold, v_reset)
-    own = (masked(q, query_padding_mask), masked(k, key_padding_mask), masked(v, key_padding_mask))
-    neuron = _neuron(q, tau, v_threshold, v_reset, detach_reset, surrogate, alpha, backend)
+        return attention_forward_cuda(inputs, settings)
     with exact_sums(q):
-        out = attend(*own, scale, fire, order, is_causal, neuron)
+        out = attend(*inputs.masked(q, k, v), scale, fire, order, is_causal, _neuron(q.shape[0], settings))
     return out.to(q.dtype).transpose(2, 3).contiguous().transpose(2, 3)
 
 
 @spiking_attention_forward.register_fake
-def _(
-    q, k, v, scale, query_padding_mask, key_padding_mask,
-    fire, order, is_causal, tau, v_threshold, v_reset, detach_reset, surrogate, alpha, backend,
-):  # fmt: skip
+def _(q, *_):
     return _empty_like(q)
 
 
@@ -140,6 +115,8 @@ def spiking_attention_backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return ``(grad_q, grad_k, grad_v)``, each laid out as its input, if that is in one piece."""
+    inputs = Inputs(q, k, v, scale, query_padding_mask, key_padding_mask)
+    settings = Settings(fire, order, is_causal, tau, v_threshold, v_reset, detach_reset, surrogate, alpha, backend)
     if not (q.numel() and k.numel()):
         grad_q, grad_k, grad_v = (room_for_gradient(x).zero_() for x in (q, k, v))
         return grad_q, grad_k, grad_v
@@ -148,28 +125,20 @@ def spiking_attention_backward(
         from spikeattn.ops.spiking_attention.cpu_inputs import spikes_of
 
         if cpu_backward.takes_backward(q.shape, k.shape[3], q.dtype, scale, fire) and (spikes := spikes_of(q, k, v)):
-            return cpu_backward.spiking_attention_backward_cpu(
-                grad, spikes, steps_of_gradients(q, k, v), scale, query_padding_mask, key_padding_mask,
-                fire, is_causal, tau, v_threshold, v_reset, detach_reset, surrogate_of(surrogate, alpha),
-            )  # fmt: skip
+            steps = steps_of_gradients(q, k, v)
+            return cpu_backward.spiking_attention_backward_cpu(grad, spikes, steps, scale, inputs.masks, settings)
     if cupy_takes(q, k, backend):
-        return gradients_on_cuda(
-            None, grad, q, k, v, scale, query_padding_mask, key_padding_mask,
-            fire, order, is_causal, tau, v_threshold, v_reset, detach_reset, surrogate, alpha, backend,
-        )  # fmt: skip
-    masks = (query_padding_mask, key_padding_mask, key_padding_mask)
-    own_q, own_k, own_v = (masked(x, mask) for x, mask in zip((q, k, v), masks, strict=True))
+        from spikeattn.ops.spiking_attention.cuda import attention_gradients_cuda
+
+        return attention_gradients_cuda(grad, inputs, settings)
+    own, neuron = inputs.masked(q, k, v), _neuron(q.shape[0], settings)
     with exact_sums(q):
-        neuron = _neuron(q, tau, v_threshold, v_reset, detach_reset, surrogate, alpha, backend)
-        grads = attend_backward(grad.to(state_dtype(q)), own_q, own_k, own_v, scale, fire, order, is_causal, neuron)
-    own = (masked(g, mask) for g, mask in zip(grads, masks, strict=True))
-    grad_q, grad_k, grad_v = (room_for_gradient(x).copy_(g) for g, x in zip(own, (q, k, v), strict=True))
+        grads = attend_backward(grad.to(state_dtype(q)), *own, scale, fire, order, is_causal, neuron)
+    grads = inputs.masked(*grads)
+    grad_q, grad_k, grad_v = (room_for_gradient(x).copy_(g) for x, g in zip((q, k, v), grads, strict=True))
     return grad_q, grad_k, grad_v
 
 
 @spiking_attention_backward.register_fake
-def _(
-    grad, q, k, v, scale, query_padding_mask, key_padding_mask,
-    fire, order, is_causal, tau, v_threshold, v_reset, detach_reset, surrogate, alpha, backend,
-):  # fmt: skip
+def _(grad, q, k, v, *_):
     return room_for_gradient(q), room_for_gradient(k), room_for_gradient(v)
