@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from spikeattn import ATan, CustomSurrogate
-from spikeattn.ops.spiking_attention import cuda, cuda_plans, registered
+from spikeattn.ops.spiking_attention import call, cuda, cuda_plans, layout, registered
 from spikeattn.ops.spiking_attention.autograd import attention as attend
 from spikeattn.ops.spiking_attention.call import Inputs, Settings
 from spikeattn.ops.spiking_attention.registered import spiking_attention_backward, spiking_attention_forward
@@ -141,6 +141,23 @@ def test_strides_reach_the_kernels_by_value(emulated, way):
     got = cuda.attention_forward_cuda(Inputs(q, k, v, scale, query_mask, key_mask), settings)
     assert torch.equal(got, wanted)
     assert got.any()
+
+
+def test_channels_with_gaps_are_brought_together_once_each_way(emulated, monkeypatch):
+    """Not again to attend to what was packed: a copy is as large as what it is of."""
+    copied = Counter()
+
+    def rows(x):
+        copied[x.stride(-1)] += 1
+        return layout.rows_in_one_piece(x)
+
+    monkeypatch.setattr(call, "rows_in_one_piece", rows)
+    q, k, v, *rest = attention_inputs(3, 1, 2, 5, 5, 8, rate=0.5, dtype=torch.float32, fire="output", masked=True)
+    leaves = [torch.stack([x, x], -1)[..., 0].requires_grad_() for x in (q, k, v)]
+    out = attend(*leaves, *rest, *SETTINGS)
+    assert copied[2] == 3
+    torch.autograd.grad(out.sum(), leaves)
+    assert copied[2] == 6
 
 
 @pytest.mark.parametrize("causal", [False, True])

@@ -42,8 +42,9 @@ def _run_on_cuda(ctx, run, inputs: Inputs, settings: Settings) -> Tensor:
     """Keep bits besides ``q``, ``k`` and ``v``: only the device knows whether these hold numbers that are no spikes."""
     from spikeattn.ops.spiking_attention.cuda import attention_bits_cuda, attention_forward_cuda
 
-    bits = attention_bits_cuda(inputs, settings, True)
-    out = run(*inputs, *settings) if watched(inputs) else attention_forward_cuda(inputs, settings, bits)
+    rows = inputs.in_one_piece()
+    bits = attention_bits_cuda(rows, settings, True)
+    out = run(*inputs, *settings) if watched(inputs) else attention_forward_cuda(rows, settings, bits)
     ctx.settings, ctx.keeps = settings, "bits and numbers"
     ctx.save_for_backward(*bits, *inputs)
     return out

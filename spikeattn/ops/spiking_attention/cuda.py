@@ -37,7 +37,7 @@ from spikeattn.ops.spiking_attention.cuda_plans import (
     plan_states,
     words_of,
 )
-from spikeattn.ops.spiking_attention.layout import in_one_piece, room_for_gradient, rows_in_one_piece, strides
+from spikeattn.ops.spiking_attention.layout import room_for_gradient, rows_in_one_piece, strides
 from spikeattn.ops.spiking_attention.reference import CHUNK
 from spikeattn.ops.surrogate import surrogate_of
 
@@ -64,9 +64,9 @@ class Bits(NamedTuple):
 
 
 def attention_bits_cuda(inputs: Inputs, settings: Settings, backward: bool) -> Bits:
-    """Pack q, k and v for the kernels that fire so, and for those of the way back."""
+    """Pack q, k and v, in one piece, for the kernels that fire so, and for those of the way back."""
+    q, k, v, _, *masks = inputs
     is_causal = settings.is_causal
-    q, k, v = (rows_in_one_piece(x) for x in inputs[:3])
     (T, B, H, L, E), S, storage = q.shape, k.shape[3], STORAGE[q.dtype]
     state_first = is_state_first(S, settings.fire, settings.order)
 
@@ -87,7 +87,6 @@ def attention_bits_cuda(inputs: Inputs, settings: Settings, backward: bool) -> B
     )
     aligned = _are_aligned(16 // q.element_size(), q, k, v)
     plan = plan_pack(T * B * H * -(-max(L, S) // 32), E, storage, aligned)
-    masks = (in_one_piece(mask) for mask in inputs.masks)
     args: list[Argument] = [*_starts(q, k, v), *masks, *bits[:7], T, B, H, L, S, E]
     _run("pack", plan, [*args, *strides(q), *strides(k), *strides(v)], q)
     return bits._replace(states=_states(bits, q, S, False)) if state_first and not is_causal else bits
@@ -95,10 +94,10 @@ def attention_bits_cuda(inputs: Inputs, settings: Settings, backward: bool) -> B
 
 def attention_forward_cuda(inputs: Inputs, settings: Settings, bits: Bits | None = None) -> Tensor:
     """`spiking_attention_reference` of what `takes` takes, [T, B, L, H, E] in memory; ``bits`` of the same call."""
-    fire, is_causal = settings.fire, settings.is_causal
+    inputs = inputs.in_one_piece()
     bits = bits or attention_bits_cuda(inputs, settings, False)
-    inputs = _in_one_piece(inputs)
     q, k, v, scale, *masks = inputs
+    fire, is_causal = settings.fire, settings.is_causal
     (T, B, H, L, E), S, storage = q.shape, k.shape[3], STORAGE[q.dtype]
     out, width = q.new_empty((T, B, L, H, E)), 32 * words_of(E)
     target, operands = out, [bits.rows_q, bits.rows_k, bits.columns_v]
@@ -125,11 +124,10 @@ def attention_forward_cuda(inputs: Inputs, settings: Settings, bits: Bits | None
 def attention_backward_cuda(grad: Tensor, inputs: Inputs, settings: Settings, bits: Bits) -> Tensor:
     """``scale dL/dY`` [T, B, H, L, 32 words] where the output fires, Y the currents: float32, or bfloat16 of bfloat16.
 
-    ``bits`` of the same call.
+    ``inputs`` in one piece, and ``bits`` of them.
     """
-    is_causal = settings.is_causal
-    inputs = _in_one_piece(inputs)
     q, k, v, scale, *masks = inputs
+    is_causal = settings.is_causal
     grad = rows_in_one_piece(grad.to(q.dtype))
     (T, B, H, L, E), S, storage = q.shape, k.shape[3], STORAGE[q.dtype]
     state_first = is_state_first(S, "output", settings.order)
@@ -151,8 +149,8 @@ def attention_gradients_cuda(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, laid out as these; ``bits`` of the same call, for the way back."""
     outs = [room_for_gradient(x) for x in inputs[:3]]
+    inputs = inputs.in_one_piece()
     bits = bits or attention_bits_cuda(inputs, settings, True)
-    inputs = _in_one_piece(inputs)
     q, k, v, scale, *_ = inputs
     (T, B, H, L, E), S, storage = q.shape, k.shape[3], STORAGE[q.dtype]
     if settings.fire == "map":
@@ -245,12 +243,6 @@ def _run(direction: str, plan: LaunchPlan, args: list[Argument], q: Tensor) -> N
     """Launch a kernel without a neuron."""
     program = Program("spiking_attention", direction, STORAGE[q.dtype], plan.constants + _UNUSED)
     launch(plan, program, args, q.device)
-
-
-def _in_one_piece(inputs: Inputs) -> Inputs:
-    """What kernels read: channels side by side, masks contiguous."""
-    q, k, v = (rows_in_one_piece(x) for x in inputs[:3])
-    return Inputs(q, k, v, inputs.scale, *(in_one_piece(mask) for mask in inputs.masks))
 
 
 def _sizes(inputs: Inputs) -> list[Argument]:
