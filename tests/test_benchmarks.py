@@ -12,6 +12,7 @@ from benchmarks import run
 from benchmarks.measure import contender, measure, peak_bytes
 from benchmarks.registry import CannotRun, Case, Contender, Suite
 from benchmarks.show import KINDS, _table, geometric_mean
+from benchmarks.suites import attention, lif
 
 ROOT = Path(__file__).parent.parent
 
@@ -24,6 +25,7 @@ def test_every_suite_runs_at_size_1():
     assert sum(line.startswith("T=2 N=64") for line in lines) == 2
     assert sum(line.startswith("T=2 rows=4 D=16") for line in lines) == 2
     assert sum(line.startswith("T=2 B=1 H=2 L=3 E=4") for line in lines) == 4
+    assert sum("torch.compile of two products + the loop" in line for line in lines) == 2
     assert sum(line.startswith("tiny: T=2") for line in lines) == 2
     assert sum(line.startswith("tiny: 2 dialogues, 5 utterances, L=3, T=2") for line in lines) == 2
     assert sum(line.startswith("utterance 4: T=2") for line in lines) == 1
@@ -33,6 +35,40 @@ def test_every_suite_runs_at_size_1():
     alone = [line for line in lines if line.endswith("ms ()")]  # how the cost of attention grows
     assert len(alone) == 2
     assert all("SpikingJelly 2.0.0" in line for line in lines if line not in linear + alone)
+
+
+PRODUCTS = tuple(f"two products + {end}" for end in ("our LIF", "SpikingJelly 2.0.0"))
+PRODUCTS += ("torch.compile of two products + the loop",)
+
+
+def outcome(name, model, x):
+    """In place of a contender: what its model computes, and the gradient."""
+    leaf = x.detach().requires_grad_()
+    y = model(leaf)
+    weight = torch.linspace(-1, 1, y.numel()).view_as(y)
+    return y.detach(), torch.autograd.grad(y, leaf, weight)[0]
+
+
+@pytest.mark.parametrize(
+    ("make", "peers"),
+    [
+        (lambda: attention._case(4, 1, 2, 48, 16, False, torch.float32, "cpu"), PRODUCTS),
+        (lambda: attention._case(4, 1, 2, 48, 16, True, torch.float32, "cpu"), PRODUCTS),
+        (lambda: lif._case(4, 64, torch.float32, "cpu"), ("SpikingJelly 2.0.0", "torch.compile of the loop")),
+    ],
+    ids=["attention", "causal attention", "lif"],
+)
+def test_peers_compute_what_ours_does(make, peers, monkeypatch):
+    torch.manual_seed(0)
+    for module in ("benchmarks.measure", "benchmarks.suites.attention", "benchmarks.suites.lif"):
+        monkeypatch.setattr(f"{module}.contender", outcome)
+    case = make()
+    spikes, gradient = case.ours
+    assert 0.05 < spikes.mean() < 0.95
+    for name in peers:
+        others, its_gradient = case.peers[name]()
+        assert torch.equal(others, spikes), name
+        torch.testing.assert_close(its_gradient, gradient)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="it would measure")

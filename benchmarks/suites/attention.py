@@ -1,15 +1,16 @@
-"""The core of spiking attention: ours, two matrix products and our LIF, and the same with SpikingJelly's LIF."""
+"""The core of spiking attention: ours, and two matrix products with our LIF, with SpikingJelly's, or all compiled."""
 
 from functools import partial
 
 import torch
-from spikingjelly.activation_based import neuron, surrogate
 from torch import Tensor
 
 from benchmarks.measure import contender, peers_on
 from benchmarks.registry import Case, CaseMakers, Suite
+from benchmarks.suites import peers
 from spikeattn import ATan, lif, spiking_attention
 
+COMPILED = "torch.compile of two products + the loop"
 TAU, V_THRESHOLD, SCALE, RATE = 2.0, 0.5, 0.125, 0.2
 # T, B, H, L, E: SpikEmo on MELD, on IEMOCAP; a vision transformer; long sequences.
 SIZES = {
@@ -59,9 +60,6 @@ def _case(
     T: int, B: int, H: int, L: int, E: int, causal: bool, dtype: torch.dtype, device: str, compared: bool = True
 ) -> Case:
     x = (torch.rand(3, T, B, H, L, E, device=device) < RATE).to(dtype)
-    node = neuron.LIFNode(
-        TAU, v_threshold=V_THRESHOLD, surrogate_function=surrogate.ATan(), detach_reset=True, step_mode="m"
-    )
 
     def ours(x: Tensor) -> Tensor:
         return attend(*x, causal)
@@ -69,26 +67,29 @@ def _case(
     def with_our_lif(x: Tensor) -> Tensor:
         return two_products(*x, causal)
 
-    def with_spikingjelly(x: Tensor) -> Tensor:
-        node.reset()
-        return node(product(*x, causal))
+    def after_products(neuron: peers.Model) -> peers.Model:
+        return lambda x: neuron(product(*x, causal))
 
-    peers = {
+    makers = {
         "two products + our LIF": lambda: with_our_lif,
-        "two products + SpikingJelly 2.0.0": lambda: with_spikingjelly,
+        "two products + SpikingJelly 2.0.0": lambda: after_products(peers.spikingjelly_lif(TAU, V_THRESHOLD)),
+        COMPILED: lambda: peers.compiled(after_products(partial(peers.loop, tau=TAU, v_threshold=V_THRESHOLD))),
     }
     absent = {}
     if not compared:
-        absent, peers = dict.fromkeys(peers, "not beside what shows how our cost grows"), {}
+        absent, makers = dict.fromkeys(makers, "not beside what shows how our cost grows"), {}
     elif causal and map_is_too_large(T, B, H, L):
-        absent = dict.fromkeys(peers, f"its map [T, B, H, L, L] takes more than {_MAP_BYTES >> 20} MiB")
-        peers = {}
+        absent = dict.fromkeys(makers, f"its map [T, B, H, L, L] takes more than {_MAP_BYTES >> 20} MiB")
+        makers = {}
+    elif T > peers.COMPILED_STEPS:
+        del makers[COMPILED]
+        absent[COMPILED] = peers.NOT_COMPILED
     storage = str(dtype).removeprefix("torch.")
     return Case(
         name=f"T={T} B={B} H={H} L={L} E={E} {'causal ' if causal else ''}{storage}",
         sizes={"T": T, "B": B, "H": H, "L": L, "E": E, "dtype": storage},
         ours=contender("spikeattn", ours, x),
-        peers=peers_on(x, peers),
+        peers=peers_on(x, makers),
         absent=absent,
     )
 

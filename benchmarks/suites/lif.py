@@ -30,7 +30,7 @@ def _case(T: int, N: int, dtype: torch.dtype, device: str) -> Case:
     ours = OurLIF(TAU, surrogate_function=ATan(), detach_reset=True)
     makers: dict[str, Callable[[], peers.Model]] = {
         "SpikingJelly 2.0.0": lambda: peers.spikingjelly_lif(TAU),
-        "torch.compile of the loop": lambda: peers.compiled_loop(TAU),
+        "torch.compile of the loop": lambda: peers.compiled(partial(peers.loop, tau=TAU)),
         "snnTorch": lambda: peers.snntorch_lif(TAU),
         "norse": lambda: peers.norse_lif(TAU),
     }
@@ -38,9 +38,9 @@ def _case(T: int, N: int, dtype: torch.dtype, device: str) -> Case:
         makers["SpikingJelly 2.0.0, fused, float32 state"] = lambda: peers.spikingjelly_fused(TAU, False)
         makers["SpikingJelly 2.0.0, fused, 16-bit state"] = lambda: peers.spikingjelly_fused(TAU, True)
     absent = {}
-    if T > 16:
+    if T > peers.COMPILED_STEPS:
         del makers["torch.compile of the loop"]
-        absent["torch.compile of the loop"] = "unrolls the loop: compiling T > 16 takes minutes"
+        absent["torch.compile of the loop"] = peers.NOT_COMPILED
     size = x.element_size()
     return Case(
         name=f"T={T} N={N} {str(dtype).removeprefix('torch.')}",

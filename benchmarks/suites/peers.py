@@ -1,7 +1,6 @@
 """The peers, each at its best setting."""
 
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from spikingjelly.activation_based import functional, neuron, surrogate
@@ -11,11 +10,14 @@ from spikeattn import ATan
 from spikeattn.ops.lif.reference import lif_reference
 
 Model = Callable[[Tensor], Tensor]
+COMPILED_STEPS = 16
+NOT_COMPILED = f"unrolls the loop: compiling T > {COMPILED_STEPS} takes minutes"
 
 
-def spikingjelly_lif(tau: float) -> Model:
+def spikingjelly_lif(tau: float, v_threshold: float = 1.0) -> Model:
     """SpikingJelly 2.0.0: a Python loop, but on a GPU in float32 its fused kernel; reset before each call."""
-    node = neuron.LIFNode(tau, detach_reset=True, surrogate_function=surrogate.ATan(), step_mode="m")
+    fire = surrogate.ATan()
+    node = neuron.LIFNode(tau, v_threshold=v_threshold, detach_reset=True, surrogate_function=fire, step_mode="m")
 
     def run(x: Tensor) -> Tensor:
         node.reset()
@@ -40,16 +42,16 @@ def spikingjelly_fused(tau: float, low_state: bool) -> Model:
     return run
 
 
-def compiled_loop(tau: float) -> Model:
-    """``torch.compile`` of the plain loop over T with autograd."""
-    settings = (tau, True, 1.0, 0.0, True, ATan())
+def loop(x: Tensor, tau: float, v_threshold: float = 1.0) -> Tensor:
+    """The plain loop over T with autograd."""
+    settings = (tau, True, v_threshold, 0.0, True, ATan())
+    return lif_reference(x, x.new_zeros(x.shape[1:]), None, x.shape[0], *settings)[0]
+
+
+def compiled(model: Model) -> Model:
+    """``torch.compile`` of the whole of ``model``."""
     torch._dynamo.reset()  # else the cases together pass the limit of recompilations, and the rest runs uncompiled
-
-    @partial(torch.compile, dynamic=False)
-    def loop(x: Tensor) -> Tensor:
-        return lif_reference(x, x.new_zeros(x.shape[1:]), None, x.shape[0], *settings)[0]
-
-    return loop
+    return torch.compile(model, fullgraph=True, dynamic=False)
 
 
 def snntorch_lif(tau: float) -> Model:
