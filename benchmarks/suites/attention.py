@@ -17,19 +17,29 @@ SIZES = {
     "cpu": [(32, 16, 8, 24, 32), (32, 4, 8, 110, 32), (4, 2, 8, 196, 64), (4, 1, 4, 1024, 64), (4, 1, 2, 4096, 64)],
     "cuda": [(32, 64, 8, 24, 32), (32, 32, 8, 110, 32), (4, 64, 8, 196, 64), (4, 8, 8, 1024, 64), (4, 1, 8, 16384, 64)],
 }
-# How the cost grows with T and with L, ours alone.
-GROWTH = [(T, 1, 4, 256, 64) for T in (1, 8, 64, 512)] + [(4, 1, 8, L, 64) for L in (16, 256, 1024, 4096, 16384)]
+# How the cost grows with L, for each E; heads so few on a CPU that a call takes less than a second.
+GRID = {
+    device: [(4, 1, H, L, E) for E in (32, 64, 128) for L in (16, 128, 1024, 4096, 16384)]
+    for device, H in (("cpu", 2), ("cuda", 8))
+}
+STEPS = [(T, 1, 4, 256, 64) for T in (1, 8, 64, 512)]  # how it grows with T, ours alone
 _MAP_BYTES = 2**30  # of the map that the peers make
 
 
 def cases(device: str, quick: bool) -> CaseMakers:
-    """Firing of the output, whole and causal, in float32; bfloat16 storage on a GPU. Then ours alone, as it grows."""
-    sizes = [(2, 1, 2, 3, 4)] if quick else SIZES[device]
+    """Firing of the output, whole and causal, in float32; bfloat16 storage on a GPU. Then ours alone, as it grows.
+
+    Causal the grid is ours alone, and at one E: its peers make the map.
+    """
+    tiny = [(2, 1, 2, 3, 4)]
+    named, grid, steps = (tiny, [], tiny) if quick else (SIZES[device], GRID[device], STEPS)
+    unnamed = [size for size in grid if size not in named]
+    beside = {False: named + unnamed, True: named}  # by whether they are causal
+    alone = {False: steps, True: steps + [size for size in unnamed if size[-1] == 64]}
     dtypes = (torch.float32,) if device == "cpu" else (torch.float32, torch.bfloat16)
     kinds = [(causal, dtype, device) for dtype in dtypes for causal in (False, True)]
-    compared = [partial(_case, *size, *kind) for kind in kinds for size in sizes]
-    growing = sizes if quick else GROWTH
-    return compared + [partial(_case, *size, *kind, False) for kind in kinds[:2] for size in growing]
+    compared = [partial(_case, *size, *kind) for kind in kinds for size in beside[kind[0]]]
+    return compared + [partial(_case, *size, *kind, False) for kind in kinds[:2] for size in alone[kind[0]]]
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
@@ -87,7 +97,7 @@ def _case(
     storage = str(dtype).removeprefix("torch.")
     return Case(
         name=f"T={T} B={B} H={H} L={L} E={E} {'causal ' if causal else ''}{storage}",
-        sizes={"T": T, "B": B, "H": H, "L": L, "E": E, "dtype": storage},
+        sizes={"T": T, "B": B, "H": H, "L": L, "E": E, "dtype": storage, "is_causal": causal},
         ours=contender("spikeattn", ours, x),
         peers=peers_on(x, makers),
         absent=absent,
