@@ -71,6 +71,7 @@ def _section(machine: str, suite: str, measured: dict[str, Any]) -> str:
     for name, what, figure in (
         ("", f"Speed of {suite} beside its peers", pictures.speed_ups(rows)),
         ("-throughput", f"Throughput of {suite} against T, and the roof of memory", against_t),
+        ("-growth", f"Time of {suite} a token against L", pictures.growth(rows)),
         ("-memory", f"Memory of {suite} beside its peers", pictures.memory(rows)),
     ):
         if figure is not None:

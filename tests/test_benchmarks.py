@@ -10,6 +10,7 @@ import torch
 
 from benchmarks import run
 from benchmarks.measure import contender, measure, peak_bytes
+from benchmarks.pictures import growth
 from benchmarks.registry import CannotRun, Case, Contender, Suite
 from benchmarks.show import KINDS, _table, geometric_mean
 from benchmarks.suites import attention, lif
@@ -201,6 +202,24 @@ def test_ratios_are_the_peers_time_over_ours():
     row["items"] = [4, "dialogues"]
     assert "| 1600.0 | 1.0 |" in _table([row], "forward", bandwidth=4e9)
     assert geometric_mean([2.0, 8.0]) == pytest.approx(4.0)
+
+
+def test_the_picture_of_growth_is_time_a_token_against_l():
+    def row(L, causal, **median_s):
+        sizes = {"T": 4, "B": 2, "H": 1, "L": L, "E": 8, "dtype": "float32", "is_causal": causal}
+        times = {name: {"median_s": seconds} for name, seconds in median_s.items()}
+        return {"sizes": sizes, "forward": times, "training": times}
+
+    rows = [row(L, False, ours=1e-6 * L, peer=1e-6 * L * L) for L in (100, 1000, 10)]
+    few = [row(L, True, ours=1e-6) for L in (10, 100)]
+    forward, training = growth(rows + few).axes
+    assert forward.get_title() == "forward (inference), T=4 B=2 H=1 E=8 float32"
+    lines = {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in training.lines}
+    assert lines == {
+        "ours": ([10, 100, 1000], pytest.approx([0.5, 0.5, 0.5])),
+        "peer": ([10, 100, 1000], pytest.approx([5.0, 50.0, 500.0])),
+    }
+    assert growth(few) is None
 
 
 def test_peaks_are_those_of_the_run_alone():
