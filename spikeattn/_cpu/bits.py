@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from llvmlite import ir
 from numba import types
-from numba.extending import intrinsic
+from numba.extending import intrinsic, overload
 
 from spikeattn._cpu.compiler import inline
 
@@ -122,11 +122,30 @@ def take(bits, at, size):
     return word if size == WORD else word & ((U(1) << U(size)) - U(1))
 
 
-@inline
-def take_rows(bits, first, stride, size, mask, at, words):
-    """One word for each token from bit ``first`` on, zero at padding."""
+def take_rows(source, first, stride, size, mask, at, words):
+    """One word for each token, the first from bit or element ``first`` on, zero at padding; whether all were spikes."""
+    raise NotImplementedError
+
+
+@overload(take_rows)
+def _take_rows(source, first, stride, size, mask, at, words):
+    return _take_bits if source.dtype == types.uint64 else _pack_numbers
+
+
+def _take_bits(source, first, stride, size, mask, at, words):
     for i in range(words.size):
-        words[i] = U(0) if mask.size > 0 and mask[at + i] else take(bits, first + i * stride, size)
+        words[i] = U(0) if mask.size > 0 and mask[at + i] else take(source, first + i * stride, size)
+    return True
+
+
+def _pack_numbers(source, first, stride, size, mask, at, words):
+    are_spikes = True
+    for i in range(words.size):
+        words[i] = U(0)
+        if not (mask.size > 0 and mask[at + i]):
+            words[i], own = pack(source, first + i * stride, size)
+            are_spikes &= own
+    return are_spikes
 
 
 @inline

@@ -307,9 +307,27 @@ def test_what_is_not_a_spike_is_attended_to_all_the_same(fire, which):
     for backend in BACKENDS:
         out = spiking_attention(*qkv, fire=fire, backend=backend)
         results.append([out, *torch.autograd.grad((out * weight).sum(), qkv)])
+        with torch.no_grad():  # packed by the kernel itself
+            assert torch.equal(spiking_attention(*qkv, fire=fire, backend=backend), out)
     assert torch.equal(results[0][0], results[1][0])
     for got, want in zip(results[1][1:], results[0][1:], strict=True):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("fire", FIRES)
+@pytest.mark.parametrize("E", [8, 100])
+def test_inference_has_the_bits_of_training_whatever_lies_at_padding_and_in_memory(fire, E):
+    q, k, v = (spikes(3, 2, 2, 9, E, rate=0.5) for _ in range(3))
+    mask = torch.arange(9) >= torch.tensor([[9], [4]])
+    q[:, 1, :, 4:], k[:, 1, :, 4:], v[:, 1, :, 4:] = float("nan"), 0.5, -1.0
+    q, v = q.transpose(2, 3).contiguous().transpose(2, 3), v[:1].expand(3, -1, -1, -1, -1)
+    options = {"fire": fire, "scale": 0.5, "query_padding_mask": mask, "key_padding_mask": mask, "backend": "numba"}
+    with torch.no_grad():
+        out = spiking_attention(q, k, v, **options)
+    clean = [x.masked_fill(mask[:, None, :, None], 0.0).requires_grad_() for x in (q, k, v)]
+    assert torch.equal(out, spiking_attention(*clean, **options).detach())
+    assert not out[:, 1, :, 4:].any()
+    assert out.any()
 
 
 @pytest.mark.parametrize("L", [1, 63, 64, 65, 128, 129])

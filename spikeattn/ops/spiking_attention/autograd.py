@@ -55,10 +55,10 @@ def _run_on_cpu(ctx, run, inputs: Inputs, settings: Settings, spikes) -> Tensor:
     from spikeattn.ops.spiking_attention import cpu
 
     q, k, v, scale, *masks = inputs
-    takes = cpu.takes(q.shape, k.shape[3], q.dtype, scale, settings.fire, settings.is_causal)
+    out, takes = None, cpu.takes(q.shape, k.shape[3], q.dtype, scale, settings.fire, settings.is_causal)
     if takes and not watched(inputs):
         out = cpu.spiking_attention_forward_cpu(spikes, scale, inputs.masks, settings)
-    else:
+    if out is None:
         out = run(*inputs, *settings)
     ctx.settings, ctx.keeps = settings, "bits"
     ctx.layouts, ctx.steps = [x[1:] for x in spikes], steps_of_gradients(q, k, v)

@@ -173,7 +173,7 @@ def backward_kernel(
         p = numba.carray(frame, 1, _record)[0]
         T, B, H, L, S, E, is_causal, kind = p.T, p.B, p.H, p.L, p.S, p.E, p.is_causal, p.kind
         tau, v_threshold, v_rest, a, b_ = F(p.tau), F(p.v_threshold), F(p.v_rest), F(p.a), F(p.b)
-        q, k, v, scale, query_mask, key_mask = open_inputs(p)
+        q, k, v, scale, query_mask, key_mask = open_inputs(p, U)
         grad = memory(p.grad, extent(p.gradT, p.gradB, p.gradH, p.gradL, T, B, H, L, E), element)
         grad_q = memory(p.grad_q, T * B * H * L * E, element)
         grad_k, grad_v = memory(p.grad_k, T * B * H * S * E, element), memory(p.grad_v, T * B * H * S * E, element)

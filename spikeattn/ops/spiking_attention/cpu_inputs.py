@@ -1,4 +1,4 @@
-"""What the CPU kernels of `spiking_attention` take: a bit for each spike, and tokens of any strides."""
+"""What the CPU kernels of `spiking_attention` take: spikes as bits or as numbers, and tokens of any strides."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from spikeattn._cpu.bits import WORD, U, take_rows
+from spikeattn._cpu.bits import WORD, take_rows
 from spikeattn._cpu.compiler import inline, memory
 from spikeattn._cpu.neuron import F
 from spikeattn._cpu.packed import Packed, packed
@@ -16,10 +16,11 @@ from spikeattn._cpu.vectors import WHY_NOT
 from spikeattn.ops.spiking_attention.layout import rows_in_one_piece, strides
 
 INPUTS = (
-    "q qT qB qH qL q_words k kT kB kH kL k_words v vT vB vH vL v_words scale scaleT scaleB scaleH scaleL"
+    "q qT qB qH qL q_size k kT kB kH kL k_size v vT vB vH vL v_size scale scaleT scaleB scaleH scaleL"
     " query_mask has_query_mask key_mask has_key_mask T B H L S E is_causal"
 )
 MOST_CHANNELS = 128
+Numbers = tuple[Tensor, Tensor, Tensor]  # queries, keys and values as they are given
 
 
 def are_taken(shape: Sequence[int], dtype: torch.dtype, scale: Tensor) -> bool:
@@ -34,9 +35,9 @@ def extent(by_T, by_B, by_H, by_L, T, B, H, L, E):
 
 
 @inline
-def open_inputs(p):
-    """Bits of queries, keys and values, the scale, and the two masks, empty where there is none."""
-    q, k, v = memory(p.q, p.q_words, U), memory(p.k, p.k_words, U), memory(p.v, p.v_words, U)
+def open_inputs(p, source):
+    """Queries, keys and values, words of bits or numbers, the scale, and the two masks, empty where there is none."""
+    q, k, v = memory(p.q, p.q_size, source), memory(p.k, p.k_size, source), memory(p.v, p.v_size, source)
     scale = memory(p.scale, extent(p.scaleT, p.scaleB, p.scaleH, p.scaleL, 1, p.B, p.H, p.L, 1), F)
     query_mask = memory(p.query_mask, p.B * p.L if p.has_query_mask else 0, np.bool_)
     key_mask = memory(p.key_mask, p.B * p.S if p.has_key_mask else 0, np.bool_)
@@ -45,13 +46,18 @@ def open_inputs(p):
 
 @inline
 def load_tokens(p, t, b, h, q, k, v, query_mask, key_mask, W, queries, keys, values):
-    """The words of the tokens of one head and time step: row w of each holds `WORD` channels of every token."""
+    """The words of the tokens of one head and time step: row w of each holds `WORD` channels of every token.
+
+    Whether all were spikes.
+    """
+    are_spikes = True
     for w in range(W):
         first = w * WORD
         size = min(WORD, p.E - first)
-        take_rows(q, t * p.qT + b * p.qB + h * p.qH + first, p.qL, size, query_mask, b * p.L, queries[w])
-        take_rows(k, t * p.kT + b * p.kB + h * p.kH + first, p.kL, size, key_mask, b * p.S, keys[w])
-        take_rows(v, t * p.vT + b * p.vB + h * p.vH + first, p.vL, size, key_mask, b * p.S, values[w])
+        are_spikes &= take_rows(q, t * p.qT + b * p.qB + h * p.qH + first, p.qL, size, query_mask, b * p.L, queries[w])
+        are_spikes &= take_rows(k, t * p.kT + b * p.kB + h * p.kH + first, p.kL, size, key_mask, b * p.S, keys[w])
+        are_spikes &= take_rows(v, t * p.vT + b * p.vB + h * p.vH + first, p.vL, size, key_mask, b * p.S, values[w])
+    return are_spikes
 
 
 class Spikes(NamedTuple):
@@ -81,16 +87,24 @@ def tensor_arguments(name: str, x: Tensor | Packed) -> dict[str, int]:
     }
 
 
+def _size(x: Tensor | Packed) -> int:
+    """Words of bits, or elements from the first to the last."""
+    if isinstance(x, Packed):
+        return x.bits.numel()
+    return 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+
+
 def input_arguments(
-    spikes: Spikes, scale: Tensor, masks: tuple[Tensor | None, Tensor | None], is_causal: bool
+    inputs: Spikes | Numbers, scale: Tensor, masks: tuple[Tensor | None, Tensor | None], is_causal: bool
 ) -> dict[str, float]:
     """What all frames take for the inputs; ``masks`` are those of queries and keys, in one piece."""
-    T, B, H, L, E = spikes.q.shape
+    T, B, H, L, E = inputs[0].shape
     arguments: dict[str, float] = {}
-    for name, x in zip("qkv", spikes, strict=True):
-        arguments |= tensor_arguments(name, x) | {f"{name}_words": x.bits.numel()}
+    own: Sequence[Tensor | Packed] = inputs
+    for name, x in zip("qkv", own, strict=True):
+        arguments |= tensor_arguments(name, x) | {f"{name}_size": _size(x)}
     return {
         **arguments, **tensor_arguments("scale", scale),
         **mask_arguments("query_mask", masks[0]), **mask_arguments("key_mask", masks[1]),
-        "T": T, "B": B, "H": H, "L": L, "S": spikes.k.shape[3], "E": E, "is_causal": is_causal,
+        "T": T, "B": B, "H": H, "L": L, "S": inputs[1].shape[3], "E": E, "is_causal": is_causal,
     }  # fmt: skip

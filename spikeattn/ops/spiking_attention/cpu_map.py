@@ -6,7 +6,7 @@ import numba
 import numpy as np
 import torch
 
-from spikeattn._cpu.bits import WORD, count_bits, count_row, pack, transpose
+from spikeattn._cpu.bits import WORD, U, count_bits, count_row, pack, transpose
 from spikeattn._cpu.compiler import SOURCES, Frame, Kernel, allocate, allocate_words, memory, next_blocks, release
 from spikeattn._cpu.neuron import F, step_row
 from spikeattn._cpu.storage import ELEMENT, store_row, target_row
@@ -15,22 +15,23 @@ from spikeattn.ops.spiking_attention.cpu_inputs import INPUTS, load_tokens, open
 # Keys; beyond, matrix products are faster (benchmarks, suite "attention"). Causal ones compute twice what counts.
 LONGEST, LONGEST_CAUSAL = 64, 128
 
-_FRAME = Frame(f"{INPUTS} out", "tau v_threshold v_rest")
+_FRAME = Frame(f"{INPUTS} are_spikes out", "tau v_threshold v_rest")
 _record = _FRAME.record
 
 
 @cache
-def map_kernel(storage: torch.dtype, divides: bool, hard_reset: bool) -> Kernel:
-    """The forward for one kind of neuron."""
+def map_kernel(storage: torch.dtype, packed: bool, divides: bool, hard_reset: bool) -> Kernel:
+    """The forward for spikes as bits or as numbers, and for one kind of neuron; ``are_spikes`` as in `state_kernel`."""
     plan, element = (divides, hard_reset, SOURCES), ELEMENT[storage]
+    source = U if packed else element
 
     def spiking_attention_map(frame):
         divides, hard_reset, _ = plan
         p = numba.carray(frame, 1, _record)[0]
         T, B, H, L, S, E, is_causal = p.T, p.B, p.H, p.L, p.S, p.E, p.is_causal
         tau, v_threshold, v_rest = F(p.tau), F(p.v_threshold), F(p.v_rest)
-        q, k, v, scale, query_mask, key_mask = open_inputs(p)
-        out = memory(p.out, T * B * L * H * E, element)
+        q, k, v, scale, query_mask, key_mask = open_inputs(p, source)
+        out, are_spikes = memory(p.out, T * B * L * H * E, element), memory(p.are_spikes, p.blocks, np.int64)
         W = (E + WORD - 1) // WORD  # words of a token
         words = allocate_words(3 * W, max(L, S))
         queries, keys, values = words[:W, :L], words[W : 2 * W, :S], words[2 * W :, :S]
@@ -43,8 +44,11 @@ def map_kernel(storage: torch.dtype, divides: bool, hard_reset: bool) -> Kernel:
                 b, h = block // H, block % H
                 scale_at = b * p.scaleB + h * p.scaleH
                 potentials[:] = v_rest
+                are_spikes[block] = True
                 for t in range(T):
-                    load_tokens(p, t, b, h, q, k, v, query_mask, key_mask, W, queries, keys, values)
+                    if not load_tokens(p, t, b, h, q, k, v, query_mask, key_mask, W, queries, keys, values):
+                        are_spikes[block] = False
+                        break
                     for w in range(W):
                         transpose(values[w], columns[:, w * WORD : min(E, (w + 1) * WORD)])
                     for i in range(L):

@@ -7,9 +7,10 @@ caches; a token adds its values to the rows of the state that its key names, and
 from functools import cache
 
 import numba
+import numpy as np
 import torch
 
-from spikeattn._cpu.bits import WORD
+from spikeattn._cpu.bits import WORD, U
 from spikeattn._cpu.compiler import (
     SOURCES,
     Frame,
@@ -30,7 +31,7 @@ from spikeattn.ops.spiking_attention.cpu_inputs import INPUTS, load_tokens, open
 # Tokens that are taken through time together, so that a state is read from the L1 cache by all but the first.
 TOKENS = 16
 
-_FRAME = Frame(f"{INPUTS} out", "tau v_threshold v_rest")
+_FRAME = Frame(f"{INPUTS} are_spikes out", "tau v_threshold v_rest")
 _record = _FRAME.record
 
 
@@ -50,17 +51,23 @@ def sum_currents(
 
 
 @cache
-def state_kernel(storage: torch.dtype, wide: bool, fires: bool, divides: bool, hard_reset: bool) -> Kernel:
-    """The forward for tokens of one word or more, and for one kind of neuron or none."""
+def state_kernel(
+    storage: torch.dtype, packed: bool, wide: bool, fires: bool, divides: bool, hard_reset: bool
+) -> Kernel:
+    """The forward for spikes as bits or as numbers, for tokens of one word or more, and for one kind of neuron or none.
+
+    A block that finds a number that is no spike says so in ``are_spikes`` and stops.
+    """
     plan, element = (wide, fires, divides, hard_reset, SOURCES), ELEMENT[storage]
+    source = U if packed else element
 
     def spiking_attention_state(frame):
         wide, fires, divides, hard_reset, _ = plan
         p = numba.carray(frame, 1, _record)[0]
         T, B, H, L, S, E, is_causal = p.T, p.B, p.H, p.L, p.S, p.E, p.is_causal
         tau, v_threshold, v_rest = F(p.tau), F(p.v_threshold), F(p.v_rest)
-        q, k, v, scale, query_mask, key_mask = open_inputs(p)
-        out = memory(p.out, T * B * L * H * E, element)
+        q, k, v, scale, query_mask, key_mask = open_inputs(p, source)
+        out, are_spikes = memory(p.out, T * B * L * H * E, element), memory(p.are_spikes, p.blocks, np.int64)
         W = (E + WORD - 1) // WORD if wide else 1  # words of a token
         words = allocate_words(3 * T * W, max(L, S))
         queries, keys, values = words[: T * W, :L], words[T * W : 2 * T * W, :S], words[2 * T * W :, :S]
@@ -77,15 +84,17 @@ def state_kernel(storage: torch.dtype, wide: bool, fires: bool, divides: bool, h
                 width = min(WORD, E - own * WORD)
                 scale_at = b * p.scaleB + h * p.scaleH
                 states[:] = F(0.0)
+                spikes_only = True
                 for t in range(T):
                     at = t * W
-                    load_tokens(
+                    spikes_only &= load_tokens(
                         p, t, b, h, q, k, v, query_mask, key_mask, W, queries[at:], keys[at:], values[at:]
                     )  # fmt: skip
                     if not is_causal:
                         for j in range(S):
                             add_bits_to_token(row_of(states, t * E), keys[at:], W, j, width, values[at + own, j])
-                for begin in range(0, L, TOKENS):
+                are_spikes[block] = spikes_only
+                for begin in range(0, L if spikes_only else 0, TOKENS):
                     n = min(TOKENS, L - begin)
                     potentials[: n * width] = v_rest
                     for t in range(T):

@@ -76,10 +76,11 @@ def spiking_attention_forward(
         return _empty_like(q).zero_()
     if backend == "numba":
         from spikeattn.ops.spiking_attention import cpu
-        from spikeattn.ops.spiking_attention.cpu_inputs import spikes_of
 
-        if cpu.takes(q.shape, k.shape[3], q.dtype, scale, fire, is_causal) and (spikes := spikes_of(q, k, v)):
-            return cpu.spiking_attention_forward_cpu(spikes, scale, inputs.masks, settings)
+        if cpu.takes(q.shape, k.shape[3], q.dtype, scale, fire, is_causal):
+            out = cpu.spiking_attention_forward_cpu((q, k, v), scale, inputs.masks, settings)
+            if out is not None:
+                return out
     if cupy_takes(q, k, backend):
         from spikeattn.ops.spiking_attention.cuda import attention_forward_cuda
 
