@@ -25,8 +25,8 @@ def test_every_suite_runs_at_size_1():
     lines = done.stdout.splitlines()
     assert sum(line.startswith("T=2 N=64") for line in lines) == 2
     assert sum(line.startswith("T=2 rows=4 D=16") for line in lines) == 2
-    assert sum(line.startswith("T=2 B=1 H=2 L=3 E=4") for line in lines) == 4
-    assert sum("torch.compile of two products + the loop" in line for line in lines) == 2
+    assert sum(line.startswith("T=2 B=1 H=2 L=3 E=4") for line in lines) == 6
+    assert sum("torch.compile of two products + the loop" in line for line in lines) == 4
     assert sum(line.startswith("tiny: T=2") for line in lines) == 2
     assert sum(line.startswith("tiny: 2 dialogues, 5 utterances, L=3, T=2") for line in lines) == 2
     assert sum(line.startswith("utterance 4: T=2") for line in lines) == 1

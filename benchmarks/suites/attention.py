@@ -27,19 +27,22 @@ _MAP_BYTES = 2**30  # of the map that the peers make
 
 
 def cases(device: str, quick: bool) -> CaseMakers:
-    """Firing of the output, whole and causal, in float32; bfloat16 storage on a GPU. Then ours alone, as it grows.
+    """Firing of the output, whole and causal, in float32 and bfloat16 storage. Then ours alone, as it grows.
 
-    Causal the grid is ours alone, and at one E: its peers make the map.
+    Causal the grid is ours alone, and at one E: its peers make the map. On a CPU it is in float32 only.
     """
     tiny = [(2, 1, 2, 3, 4)]
     named, grid, steps = (tiny, [], tiny) if quick else (SIZES[device], GRID[device], STEPS)
     unnamed = [size for size in grid if size not in named]
-    beside = {False: named + unnamed, True: named}  # by whether they are causal
     alone = {False: steps, True: steps + [size for size in unnamed if size[-1] == 64]}
-    dtypes = (torch.float32,) if device == "cpu" else (torch.float32, torch.bfloat16)
-    kinds = [(causal, dtype, device) for dtype in dtypes for causal in (False, True)]
-    compared = [partial(_case, *size, *kind) for kind in kinds for size in beside[kind[0]]]
-    return compared + [partial(_case, *size, *kind, False) for kind in kinds[:2] for size in alone[kind[0]]]
+    compared, growing = [], []
+    for dtype in (torch.float32, torch.bfloat16):
+        for causal in (False, True):
+            beside = named + unnamed if not causal and (device, dtype) != ("cpu", torch.bfloat16) else named
+            compared += [partial(_case, *size, causal, dtype, device) for size in beside]
+    for causal in (False, True):
+        growing += [partial(_case, *size, causal, torch.float32, device, False) for size in alone[causal]]
+    return compared + growing
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
