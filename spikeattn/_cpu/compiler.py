@@ -31,19 +31,25 @@ inline = partial(numba.njit, forceinline=True, **_OPTIONS)
 helper = partial(numba.njit, **_OPTIONS)
 
 
-def _sources() -> str:
-    """Digest of this folder, of which every kernel holds a part.
+def sources() -> list[Path]:
+    """The files that kernels are made of: this folder, and the ``cpu*.py`` of the operations."""
+    package = Path(__file__).parent.parent
+    return sorted([*package.glob("_cpu/*.py"), *package.glob("ops/*/cpu*.py")])
+
+
+def _digest() -> str:
+    """Digest of the `sources`, of which every kernel holds a part.
 
     numba compares the file of the kernel itself only, so a change to a helper would go unnoticed. A kernel holds the
     digest in its closure, which is part of the key under which numba keeps it.
     """
     digest = hashlib.sha256()
-    for file in sorted(Path(__file__).parent.glob("*.py")):
+    for file in sources():
         digest.update(file.read_bytes())
     return digest.hexdigest()
 
 
-SOURCES = int(_sources()[:15], 16)  # an integer, since compiled code holds it
+SOURCES = int(_digest()[:15], 16)  # an integer, since compiled code holds it
 
 
 class Frame:

@@ -1,5 +1,6 @@
 """How CPU kernels run: threads, forks, processes, kept compilations, freed memory."""
 
+import inspect
 import itertools
 import logging
 import threading
@@ -14,10 +15,12 @@ import pytest
 import torch
 from lif_helpers import results, run_python
 
+import spikeattn
 from spikeattn import LIF, ATan, lif
 from spikeattn._cpu import compiler, threads
 from spikeattn._cpu.memory import Pool
 from spikeattn.ops.lif import cpu
+from spikeattn.ops.spiking_attention import cpu_backward, cpu_inputs, cpu_state
 
 
 @pytest.fixture
@@ -233,9 +236,17 @@ def test_a_changed_helper_is_part_of_the_key_of_every_kernel():
         assert [plan[-1] for plan in plans] == [compiler.SOURCES]
 
 
+def test_whatever_a_kernel_inlines_is_part_of_that_key():
+    """Every function of this package that is compiled by numba lies in a file of the digest."""
+    kernels = {Path(inspect.getfile(module)) for module in (cpu, cpu_inputs, cpu_state, cpu_backward)}
+    texts = {path: path.read_text() for path in Path(spikeattn.__file__).parent.rglob("*.py")}
+    compiled = {path for path, text in texts.items() if "@inline" in text or "numba.carray(" in text}
+    assert kernels <= compiled <= set(compiler.sources())
+
+
 def test_addresses_become_pointers_in_one_place_that_keeps_what_is_read_and_written_there():
     """Elsewhere LLVM would be free to drop it, and did: a loop of the gradients of attention was gone."""
-    sources = [path.read_text() for path in Path(compiler.__file__).parent.glob("*.py")]
+    sources = [path.read_text() for path in compiler.sources()]
     found = [line.strip() for source in sources for line in source.splitlines() if ".inttoptr(" in line]
     assert found == ["return builder.inttoptr(address, kind)"]
 
