@@ -49,7 +49,7 @@ def spiking_attention_forward_cpu(
                 return None
             inputs = spikes
         else:
-            q, k, v = (rows_in_one_piece(x.resolve_neg()) for x in inputs)
+            q, k, v = (rows_in_one_piece(x) for x in inputs)
             inputs = (q, k, v)
     masks = in_one_piece(masks[0]), in_one_piece(masks[1])
     blocks = B * H * (1 if fire == "map" else -(-E // WORD))

@@ -13,6 +13,7 @@ from spikeattn._cpu.neuron import F
 from spikeattn._cpu.packed import Packed, packed
 from spikeattn._cpu.storage import ELEMENT, mask_arguments
 from spikeattn._cpu.vectors import WHY_NOT
+from spikeattn.ops.spiking_attention.call import Masks
 from spikeattn.ops.spiking_attention.layout import rows_in_one_piece, strides
 
 INPUTS = (
@@ -94,9 +95,7 @@ def _size(x: Tensor | Packed) -> int:
     return 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
 
 
-def input_arguments(
-    inputs: Spikes | Numbers, scale: Tensor, masks: tuple[Tensor | None, Tensor | None], is_causal: bool
-) -> dict[str, float]:
+def input_arguments(inputs: Spikes | Numbers, scale: Tensor, masks: Masks, is_causal: bool) -> dict[str, float]:
     """What all frames take for the inputs; ``masks`` are those of queries and keys, in one piece."""
     T, B, H, L, E = inputs[0].shape
     arguments: dict[str, float] = {}

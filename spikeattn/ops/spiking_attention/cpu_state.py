@@ -87,9 +87,11 @@ def state_kernel(
                 spikes_only = True
                 for t in range(T):
                     at = t * W
-                    spikes_only &= load_tokens(
+                    spikes_only = load_tokens(
                         p, t, b, h, q, k, v, query_mask, key_mask, W, queries[at:], keys[at:], values[at:]
                     )  # fmt: skip
+                    if not spikes_only:
+                        break
                     if not is_causal:
                         for j in range(S):
                             add_bits_to_token(row_of(states, t * E), keys[at:], W, j, width, values[at + own, j])
