@@ -20,9 +20,11 @@ def ratio(row: Row, kind: str, peer: str) -> float | None:
     return row[kind][peer]["median_s"] / row[kind][peer]["ours_s"] if peer in row[kind] else None
 
 
-def speed_ups(rows: Sequence[Row]) -> Figure:
-    """Speed-up over each peer, case by case; 1 is as fast as ours. Cases without a peer are left out."""
+def speed_ups(rows: Sequence[Row]) -> Figure | None:
+    """Speed-up over each peer, case by case; 1 is as fast as ours. Without the cases that have no peer, None if all."""
     rows = [row for row in rows if any(len(row.get(kind, {})) > 1 for kind in KINDS)]
+    if not rows:
+        return None
     kinds = {kind: title for kind, title in KINDS.items() if all(kind in row for row in rows)}
     figure, panels = _panels(rows, len(kinds))
     for axes, (kind, title) in zip(panels, kinds.items(), strict=True):
