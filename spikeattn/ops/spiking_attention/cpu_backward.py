@@ -45,7 +45,6 @@ from spikeattn.ops.spiking_attention.cpu_inputs import (
     INPUTS,
     Spikes,
     are_taken,
-    extent,
     input_arguments,
     load_tokens,
     open_inputs,
@@ -60,8 +59,8 @@ _MOST_GRADIENTS = 1 << 24  # T * L * E: 64 MiB for each thread
 _PART = 256
 
 _BACKWARD = Frame(
-    f"{INPUTS} grad gradT gradB gradH gradL kind grad_q grad_qT grad_qB grad_qH grad_qL"
-    " grad_k grad_kT grad_kB grad_kH grad_kL grad_v grad_vT grad_vB grad_vH grad_vL",
+    f"{INPUTS} grad gradT gradB gradH gradL grad_size kind grad_q grad_qT grad_qB grad_qH grad_qL grad_q_size"
+    " grad_k grad_kT grad_kB grad_kH grad_kL grad_k_size grad_v grad_vT grad_vB grad_vH grad_vL grad_v_size",
     "tau v_threshold v_rest a b",
 )
 _record = _BACKWARD.record
@@ -171,12 +170,11 @@ def backward_kernel(
     def spiking_attention_backward(frame):
         wide, fires, divides, hard_reset, detach_reset, _ = plan
         p = numba.carray(frame, 1, _record)[0]
-        T, B, H, L, S, E, is_causal, kind = p.T, p.B, p.H, p.L, p.S, p.E, p.is_causal, p.kind
+        T, H, L, S, E, is_causal, kind = p.T, p.H, p.L, p.S, p.E, p.is_causal, p.kind
         tau, v_threshold, v_rest, a, b_ = F(p.tau), F(p.v_threshold), F(p.v_rest), F(p.a), F(p.b)
         q, k, v, scale, query_mask, key_mask = open_inputs(p, U)
-        grad = memory(p.grad, extent(p.gradT, p.gradB, p.gradH, p.gradL, T, B, H, L, E), element)
-        grad_q = memory(p.grad_q, T * B * H * L * E, element)
-        grad_k, grad_v = memory(p.grad_k, T * B * H * S * E, element), memory(p.grad_v, T * B * H * S * E, element)
+        grad, grad_q = memory(p.grad, p.grad_size, element), memory(p.grad_q, p.grad_q_size, element)
+        grad_k, grad_v = memory(p.grad_k, p.grad_k_size, element), memory(p.grad_v, p.grad_v_size, element)
         W = (E + WORD - 1) // WORD if wide else 1  # words of a token
         words = allocate_words(3 * T * W, max(L, S))
         all_queries, all_keys, all_values = words[: T * W, :L], words[T * W : 2 * T * W, :S], words[2 * T * W :, :S]

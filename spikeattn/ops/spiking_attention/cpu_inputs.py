@@ -17,7 +17,7 @@ from spikeattn.ops.spiking_attention.call import Masks
 from spikeattn.ops.spiking_attention.layout import rows_in_one_piece, strides
 
 INPUTS = (
-    "q qT qB qH qL q_size k kT kB kH kL k_size v vT vB vH vL v_size scale scaleT scaleB scaleH scaleL"
+    "q qT qB qH qL q_size k kT kB kH kL k_size v vT vB vH vL v_size scale scaleT scaleB scaleH scaleL scale_size"
     " query_mask has_query_mask key_mask has_key_mask T B H L S E is_causal"
 )
 MOST_CHANNELS = 128
@@ -30,16 +30,10 @@ def are_taken(shape: Sequence[int], dtype: torch.dtype, scale: Tensor) -> bool:
 
 
 @inline
-def extent(by_T, by_B, by_H, by_L, T, B, H, L, E):
-    """Elements from the first to the last of a tensor with these strides."""
-    return (T - 1) * by_T + (B - 1) * by_B + (H - 1) * by_H + (L - 1) * by_L + E
-
-
-@inline
 def open_inputs(p, source):
     """Queries, keys and values, words of bits or numbers, the scale, and the two masks, empty where there is none."""
     q, k, v = memory(p.q, p.q_size, source), memory(p.k, p.k_size, source), memory(p.v, p.v_size, source)
-    scale = memory(p.scale, extent(p.scaleT, p.scaleB, p.scaleH, p.scaleL, 1, p.B, p.H, p.L, 1), F)
+    scale = memory(p.scale, p.scale_size, F)
     query_mask = memory(p.query_mask, p.B * p.L if p.has_query_mask else 0, np.bool_)
     key_mask = memory(p.key_mask, p.B * p.S if p.has_key_mask else 0, np.bool_)
     return q, k, v, scale, query_mask, key_mask
@@ -81,9 +75,9 @@ def spikes_of(q: Tensor, k: Tensor, v: Tensor) -> Spikes | None:
 
 
 def tensor_arguments(name: str, x: Tensor | Packed) -> dict[str, int]:
-    """Address and strides of [T, B, H, L, E] for a frame."""
+    """Address, strides and size of [T, B, H, L, E] for a frame."""
     memory = x.bits if isinstance(x, Packed) else x
-    return {name: memory.data_ptr()} | {
+    return {name: memory.data_ptr(), f"{name}_size": _size(x)} | {
         f"{name}{axis}": stride for axis, stride in zip("TBHL", strides(x), strict=True)
     }
 
@@ -101,7 +95,7 @@ def input_arguments(inputs: Spikes | Numbers, scale: Tensor, masks: Masks, is_ca
     arguments: dict[str, float] = {}
     own: Sequence[Tensor | Packed] = inputs
     for name, x in zip("qkv", own, strict=True):
-        arguments |= tensor_arguments(name, x) | {f"{name}_size": _size(x)}
+        arguments |= tensor_arguments(name, x)
     return {
         **arguments, **tensor_arguments("scale", scale),
         **mask_arguments("query_mask", masks[0]), **mask_arguments("key_mask", masks[1]),
